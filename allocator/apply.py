@@ -1,0 +1,325 @@
+"""From a plan to a model: in place, as a dense checkpoint, or as one packed file.
+
+The problem: a plan is plain data, and a plan applied to another model than its own gives a working
+model that is worse for no visible reason. Everything here first checks that the model has exactly
+the plan's parameters. What is written is what the plan priced: searched matrices go through their
+operator, every other tensor through its stored type, so that the packed file, the dense checkpoint
+and the live model hold the same numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from allocator.plan import CONTAINER_METADATA, Plan, save_plan
+from search_spaces.operators import Operator, Statistics
+from search_spaces.operators.members import compress_member, logical, physical
+from search_spaces.space import Member
+from search_spaces.storage import StoredTensor
+
+if TYPE_CHECKING:
+    from objectives.loading import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+_TORCH_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def check_model(
+    plan: Plan,
+    model: nn.Module,
+    *,
+    config_sha256: str | None = None,
+    weights_sha256: str | None = None,
+) -> None:
+    """Refuse a model that the plan was not made for.
+
+    Args:
+        plan: Names, shapes and hashes to look for.
+        model: Every parameter of it must be in the plan; tied ones count once.
+        config_sha256: Of the model's configuration, compared with the plan's if given.
+        weights_sha256: Of the model's weights, likewise.
+
+    Raises:
+        ValueError: A parameter is missing, left over or has another shape, or a hash differs.
+    """
+    made_for = f"the plan is for {plan.model.name!r}"
+    covered = set()
+    for name, shape in _expected_shapes(plan):
+        tensor = _find(model, name)
+        if tensor is None:
+            raise ValueError(f"{made_for}: this model has no parameter {name!r}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{made_for}: expected {name!r} of shape {list(shape)}, "
+                f"this model has {list(tensor.shape)}"
+            )
+        covered.add(_place(tensor))
+    for name, parameter in model.named_parameters():
+        if _place(parameter) not in covered:
+            raise ValueError(f"{made_for}: it says nothing about this model's parameter {name!r}")
+    for kind, ours, theirs in (
+        ("configuration", plan.model.config_sha256, config_sha256),
+        ("weights", plan.model.weights_sha256, weights_sha256),
+    ):
+        if theirs is not None and theirs != ours:
+            raise ValueError(
+                f"{made_for}: this model has other {kind} (sha256 {theirs[:12]}, the plan was "
+                f"made with {ours[:12]}); apply it to that model or search again"
+            )
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> None:
+    """Replace a dense model's parameters, in place, by what the plan stores of them.
+
+    Matrices are compressed in float32 and written back in the parameter's own dtype; tied
+    parameters stay tied.
+
+    Raises:
+        ValueError: The model is not the plan's, or an operator needs statistics.
+    """
+    check_model(plan, model)
+    with torch.no_grad():
+        for entry in plan.units:
+            operator = entry.choice
+            for member in entry.unit.members:
+                _tensor(model, member.name).copy_(compressed(model, member, operator))
+        for stored in _fixed(plan):
+            tensor = _tensor(model, stored.name)
+            tensor.copy_(tensor.to(_TORCH_TYPES[stored.dtype]))
+
+
+def compressed(model: nn.Module, member: Member, operator: Operator) -> Tensor:
+    """One parameter after compression, in the model's layout and dtype; the model is unchanged.
+
+    Raises:
+        ValueError: The operator needs statistics, which a plan does not carry.
+    """
+    parameter = _tensor(model, member.name).detach()
+    return compress_member(parameter, member, operator, _statistics(operator))
+
+
+def write_checkpoint(
+    loaded: LoadedModel, plan: Plan, output: Path, *, dtype: Dtype | None = None
+) -> None:
+    """Apply a plan and write the dense result as a folder that ``transformers`` loads.
+
+    The folder appears whole or not at all. The loaded model is changed in place.
+
+    Args:
+        loaded: The plan's model, dense.
+        plan: Saved beside the weights as ``plan.json``.
+        output: A new or empty folder.
+        dtype: Of the written weights; ``None`` keeps the model's. Narrower types than float32
+            round the decompressed values, so that the measured loss is only nearly reproduced.
+
+    Raises:
+        ValueError: The model is not the plan's, an operator needs statistics, or the output is not
+            empty or cannot be written.
+    """
+    check_model(
+        plan,
+        loaded.model,
+        config_sha256=loaded.config_sha256,
+        weights_sha256=loaded.weights_sha256,
+    )
+    with _new_folder(output) as folder:
+        if dtype == "float32":
+            loaded.model.float()  # first: a narrower parameter would round what is written to it
+        apply_plan(loaded.model, plan)
+        if dtype is not None:
+            loaded.model.to(dtype=getattr(torch, dtype))
+        loaded.model.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+        save_plan(plan, folder / "plan.json")
+    logger.info("wrote %s", output)
+
+
+def write_packed(model: nn.Module, plan: Plan, path: Path) -> None:
+    """Write the compressed model as one safetensors file of exactly ``plan.achieved_bytes``.
+
+    Args:
+        model: The plan's model, dense; it is not changed.
+        plan: Decides every stored tensor.
+        path: The file; an old one is replaced once the new one is complete.
+
+    Raises:
+        ValueError: The model is not the plan's, an operator needs statistics, or the file cannot
+            be written.
+    """
+    check_model(plan, model)
+    tensors = {
+        stored.name: _tensor(model, stored.name).detach().to(_TORCH_TYPES[stored.dtype]).cpu()
+        for stored in _fixed(plan)
+    }
+    for entry in plan.units:
+        for member in entry.unit.members:
+            tensors |= _pack(_tensor(model, member.name).detach(), member, entry.choice)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        save_file(contiguous, temporary, CONTAINER_METADATA)
+        size = temporary.stat().st_size
+        assert size == plan.achieved_bytes, (size, plan.achieved_bytes)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_packed(path: Path, plan: Plan, model: nn.Module) -> None:
+    """Load a packed file into a model, in place: the same numbers as :func:`apply_plan`.
+
+    Args:
+        path: What :func:`write_packed` wrote.
+        plan: The plan it was written with.
+        model: Of the plan's architecture; its weights are overwritten.
+
+    Raises:
+        ValueError: The file cannot be read, does not hold the plan's tensors, or the model has not
+            the plan's parameters.
+    """
+    check_model(plan, model)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read the packed model {path}: {error}") from error
+    _check_stored(plan, tensors, path)
+    with torch.no_grad():
+        for stored in _fixed(plan):
+            _tensor(model, stored.name).copy_(tensors[stored.name])
+        for entry in plan.units:
+            for member in entry.unit.members:
+                unpacked = _unpack(tensors, member, entry.choice)
+                _tensor(model, member.name).copy_(unpacked)
+
+
+def _pack(parameter: Tensor, member: Member, operator: Operator) -> dict[str, Tensor]:
+    """The stored tensors of one parameter, by their names in the file."""
+    stats = _statistics(operator)
+    packed = [operator.pack(matrix.float(), stats) for matrix in logical(parameter, member)]
+    names = zip(operator.layout(member.matrix_shape), member.layout(operator), strict=True)
+    return {
+        stored.name: torch.stack([p[part.name] for p in packed]).reshape(stored.shape).cpu()
+        for part, stored in names
+    }
+
+
+def _unpack(tensors: dict[str, Tensor], member: Member, operator: Operator) -> Tensor:
+    """Invert :func:`_pack`: the parameter in float32, in the model's layout."""
+    names = list(zip(operator.layout(member.matrix_shape), member.layout(operator), strict=True))
+    stacks = {
+        part.name: tensors[stored.name].reshape(member.num_matrices, *part.shape)
+        for part, stored in names
+    }
+    matrices = [
+        operator.unpack({name: stack[i] for name, stack in stacks.items()}, member.matrix_shape)
+        for i in range(member.num_matrices)
+    ]
+    return physical(torch.stack(matrices), member)
+
+
+def _check_stored(plan: Plan, tensors: dict[str, Tensor], path: Path) -> None:
+    expected = {stored.name: stored for stored in plan.stored_tensors()}
+    if expected.keys() != tensors.keys():
+        name = min(expected.keys() ^ tensors.keys())
+        where = "is missing" if name in expected else "is not in the plan"
+        raise ValueError(f"{path} was written with another plan: tensor {name!r} {where}")
+    for name, stored in expected.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != stored.shape or tensor.dtype != _TORCH_TYPES[stored.dtype]:
+            raise ValueError(
+                f"{path} was written with another plan: expected {name!r} as {stored.dtype} "
+                f"{list(stored.shape)}, got {tensor.dtype} {list(tensor.shape)}"
+            )
+
+
+def _statistics(operator: Operator) -> Statistics:
+    if operator.needs:
+        raise ValueError(
+            f"{operator.label} needs statistics of calibration text ({', '.join(operator.needs)}), "
+            "which a plan does not carry"
+        )
+    return Statistics()
+
+
+def _fixed(plan: Plan) -> tuple[StoredTensor, ...]:
+    return tuple(StoredTensor(t.name, t.dtype, t.shape) for t in plan.fixed)
+
+
+def _expected_shapes(plan: Plan) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every parameter of the plan with its shape as the model holds it."""
+    for entry in plan.units:
+        for member in entry.unit.members:
+            *stack, rows, columns = member.shape
+            matrix = (columns, rows) if member.transposed else (rows, columns)
+            yield member.name, (*stack, *matrix)
+    for tensor in plan.fixed:
+        yield tensor.name, tensor.shape
+
+
+def _find(model: nn.Module, name: str) -> Tensor | None:
+    """The parameter or buffer of this name, under any of its tied names."""
+    module, _, leaf = name.rpartition(".")
+    try:
+        found = getattr(model.get_submodule(module), leaf, None)
+    except AttributeError:
+        return None
+    return found if isinstance(found, Tensor) else None
+
+
+def _place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    """Equal for parameters that are tied, whether or not they are one object."""
+    return tensor.data_ptr(), tuple(tensor.shape)
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    found = _find(model, name)
+    assert found is not None, name
+    return found
+
+
+@contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``output`` if the block ends well and vanishes if not."""
+    try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise ValueError(f"{output} exists and is not an empty folder; choose another output")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        parent = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise ValueError(f"cannot write to {output}: {error.strerror}") from error
+    try:
+        folder = parent / output.name  # mkdtemp's own folder would keep other users out
+        folder.mkdir()
+        yield folder
+        folder.replace(output)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot write {output}: {error}") from error
+    finally:
+        shutil.rmtree(parent, ignore_errors=True)

@@ -1,0 +1,101 @@
+"""Budgets as users write them, resolved to exact bytes before anything is measured."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from search_spaces.space import SearchSpace
+
+_SUFFIX_BYTES = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+_PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(bpw|%|[kmgt]?i?b|)\s*$", re.IGNORECASE)
+_HELP = "write 90MB, 2.5GiB, 123456789, 3.25bpw or 40%"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A budget resolved for one space.
+
+    Attributes:
+        text: As the user wrote it.
+        stored_bytes: Most bytes of the whole stored model, header and fixed tensors included.
+        searched_bytes: Most payload bytes of the searched units.
+    """
+
+    text: str
+    stored_bytes: int
+    searched_bytes: int
+
+
+def parse_budgets(text: str) -> tuple[str, ...]:
+    """Split a comma-separated list of budgets and check every word.
+
+    Raises:
+        ValueError: Nothing is given, or a word is not a budget.
+    """
+    words = tuple(word.strip() for word in text.split(",") if word.strip())
+    if not words:
+        raise ValueError(f"expected a budget, got {text!r}; {_HELP}")
+    for word in words:
+        _parse(word)
+    return words
+
+
+def resolve_budget(text: str, space: SearchSpace) -> Budget:
+    """The exact bytes of a budget word.
+
+    Bits per weight speak of the searched units with all their metadata; bytes and percentages of
+    the whole stored model. Fractions of a byte are rounded down.
+
+    Raises:
+        ValueError: Not a budget word, or below the cheapest assignment of the space; the message
+            has the least and the most achievable, in bytes and bits per weight.
+    """
+    amount, unit = _parse(text)
+    if unit == "BPW":
+        searched = int(amount * space.num_weights / 8)
+        stored = searched + space.overhead_bytes
+    else:
+        if unit == "%":
+            stored = int(amount * dense_bytes(space) / 100)
+        else:
+            stored = int(amount * _SUFFIX_BYTES[unit])
+        searched = stored - space.overhead_bytes
+    if searched < space.least_bytes:
+        least, most = space.least_bytes, space.most_bytes
+        overhead = space.overhead_bytes
+        raise ValueError(
+            f"the budget {text} ({stored:,} bytes) cannot be met: {space.name} stores between "
+            f"{least + overhead:,} and {most + overhead:,} bytes, that is "
+            f"{space.bits_per_weight(least):.4g} to {space.bits_per_weight(most):.4g} bits per "
+            f"searched weight plus {overhead:,} bytes that are not searched; "
+            "raise the budget or offer cheaper options"
+        )
+    return Budget(text, stored, searched)
+
+
+def dense_bytes(space: SearchSpace) -> int:
+    """Bytes of the stored model with everything at 16 bits, header included at its bound."""
+    return 2 * space.num_weights + space.overhead_bytes
+
+
+def _parse(text: str) -> tuple[Fraction, str]:
+    match = _PATTERN.match(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a budget; {_HELP}")
+    amount, unit = Fraction(match[1]), match[2].upper()
+    if amount == 0:
+        raise ValueError(f"the budget {text!r} is zero; {_HELP}")
+    return amount, unit

@@ -1,0 +1,113 @@
+"""The configuration of a run: everything that decides its history, in one validated record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SpaceConfig(_Strict):
+    """What may be chosen.
+
+    Attributes:
+        space: A preset's name or a YAML file.
+        ties: Runtime whose fused kernels tie units together.
+        pins: (glob, operator label) pairs.
+        exclude: Globs of units to leave dense.
+        open_units: ``embeddings`` and ``head`` may be searched too.
+        bar_keep: Take the dense option out of every menu.
+    """
+
+    space: str = "bits"
+    ties: str = "none"
+    pins: tuple[tuple[str, str], ...] = ()
+    exclude: tuple[str, ...] = ()
+    open_units: tuple[str, ...] = ()
+    bar_keep: bool = False
+
+
+class DataConfig(_Strict):
+    """Which text, cut how. Counts are sequences."""
+
+    text: str = "wiki-summaries"
+    sequence_length: Positive = 256
+    statistics: Positive = 64
+    search: Positive = 64
+    guard: Positive = 32
+    heldout: Positive = 64
+    seed: int = 0
+
+
+class MeasureConfig(_Strict):
+    """How losses are measured.
+
+    Attributes:
+        objective: ``kl`` or ``cross_entropy``.
+        top_k: Outcomes per position that the teacher cache keeps; 0 keeps the vocabulary.
+        batch_size: Sequences per forward pass.
+        dtype: Of the model while it is measured, or ``auto``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: Torch threads of every process that measures; 0 is all cores of the machine.
+    """
+
+    objective: Literal["kl", "cross_entropy"] = "kl"
+    top_k: Annotated[int, Field(ge=0)] = 256
+    batch_size: Positive = 4
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+    threads: Annotated[int, Field(ge=0)] = 0
+
+
+class SearchConfig(_Strict):
+    """How the search runs. ``batch`` is in sequences per evaluation."""
+
+    name: str = "model_guided"
+    scorer: str = "fisher"
+    scorers: tuple[str, ...] = ("fisher", "reconstruction", "relative_error")
+    seed: int = 0
+    window: Positive = 4
+    batch: Positive = 8
+
+
+class RunConfig(_Strict):
+    """One complete run. Limits and executor are not part of it: they never change the history."""
+
+    model: str
+    budget: str
+    space: SpaceConfig = SpaceConfig()
+    data: DataConfig = DataConfig()
+    measure: MeasureConfig = MeasureConfig()
+    search: SearchConfig = SearchConfig()
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write a configuration as YAML."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a configuration.
+
+    Raises:
+        ValueError: Unreadable, not YAML, or fields that are unknown or wrong.
+    """
+    try:
+        data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return RunConfig.model_validate(data)
+    except OSError as error:
+        raise ValueError(f"cannot read the run's configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{path}: {where}: {first['msg']}") from error

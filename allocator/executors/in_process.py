@@ -1,0 +1,66 @@
+"""Measure one after another in this process: the default, needing nothing but the model."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from dataclasses import replace
+
+from allocator.executors.base import Measure, MeasureFactory
+from objectives.evaluation import Evaluation, Fidelity
+from search_spaces.space import Assignment
+
+logger = logging.getLogger(__name__)
+
+_MOST_ERROR_CHARACTERS = 300
+
+
+class InProcess:
+    """A queue and a call; the measure is built at once, so its errors surface here.
+
+    Args:
+        make: Builds the measure.
+    """
+
+    def __init__(self, make: MeasureFactory) -> None:
+        self._measure = make()
+        self._queue: deque[tuple[str, Assignment, Fidelity]] = deque()
+
+    def submit(self, key: str, assignment: Assignment, fidelity: Fidelity) -> None:
+        """Queue one measurement under its content address."""
+        self._queue.append((key, assignment, fidelity))
+
+    def next(self) -> tuple[str, Evaluation]:
+        """Measure what was queued first."""
+        assert self._queue, "nothing was submitted"
+        key, assignment, fidelity = self._queue.popleft()
+        return key, safe_measure(self._measure, assignment, fidelity)
+
+    def close(self) -> None:
+        """Forget what is queued."""
+        self._queue.clear()
+
+
+def safe_measure(measure: Measure, assignment: Assignment, fidelity: Fidelity) -> Evaluation:
+    """Measure; an exception (out of memory too) or a non-finite loss is a failed evaluation."""
+    try:
+        evaluation = measure(assignment, fidelity)
+    except Exception as error:
+        logger.warning("a measurement failed", exc_info=True)
+        text = " ".join(str(error).split())[:_MOST_ERROR_CHARACTERS]
+        name = type(error).__name__
+        return Evaluation(assignment, fidelity, error=f"{name}: {text}" if text else name)
+    for what, values in (
+        ("loss", evaluation.sequence_nats),
+        ("cross-entropy", evaluation.sequence_cross_entropy_nats),
+    ):
+        bad = next((value for value in values if not math.isfinite(value)), None)
+        if bad is not None:
+            return replace(
+                evaluation,
+                sequence_nats=(),
+                sequence_cross_entropy_nats=(),
+                error=f"non-finite {what} {bad}",
+            )
+    return evaluation

@@ -1,0 +1,124 @@
+"""Comparing assignments that were measured on different sequences.
+
+Some text is harder than other text, and the spread between sequences is far larger than the
+difference between good assignments. The loss of assignment ``a`` on sequence ``s`` is modelled as
+``loss[a] + effect[s]`` plus noise and fitted by least squares over everything that was told, so
+that an assignment is not called better for having met easy text. Assignments that share no
+sequence are compared through those that link them; where nothing links, assignments count as
+draws from one population (a ridge of one sequence's weight), hence windows as equally hard when
+what was measured on them is equally good.
+
+With every assignment on every sequence this is the plain mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from objectives.evaluation import Evaluation
+from search_spaces.space import Assignment
+
+_PRIOR_SEQUENCES = 1.0  # an assignment is drawn to the mean of all as if by one more sequence
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Least squares fit; rows in the order of first telling."""
+
+    means: NDArray[np.float64]
+    standard_errors: NDArray[np.float64]
+
+
+class Ledger:
+    """What was measured, and the loss of each assignment with the sequences' effects removed.
+
+    Args:
+        num_sequences: Sequences in the search split.
+    """
+
+    def __init__(self, num_sequences: int) -> None:
+        self._num_sequences = num_sequences
+        self._values: dict[Assignment, dict[int, float]] = {}
+        self._rows: dict[Assignment, int] = {}
+        self._fit: _Fit | None = None
+
+    def __len__(self) -> int:
+        """Number of assignments with a finite loss."""
+        return len(self._values)
+
+    def add(self, evaluation: Evaluation) -> None:
+        """Take in one evaluation; failed ones leave no trace."""
+        if not evaluation.ok:
+            return
+        if evaluation.assignment not in self._values:
+            self._rows[evaluation.assignment] = len(self._rows)
+        values = self._values.setdefault(evaluation.assignment, {})
+        indices = evaluation.fidelity.indices(self._num_sequences)
+        values.update(zip(indices, evaluation.sequence_nats, strict=True))
+        self._fit = None
+
+    def adjusted(self, assignment: Assignment) -> tuple[float, float]:
+        """Loss of an assignment as if measured on every sequence seen so far.
+
+        Returns:
+            Mean of (value - effect) over its sequences plus the mean effect, and its standard
+            error under the model, both in nats.
+
+        Raises:
+            KeyError: Nothing finite was told of it.
+        """
+        row = self._rows[assignment]
+        fit = self._fitted()
+        return float(fit.means[row]), float(fit.standard_errors[row])
+
+    def best(self) -> Assignment | None:
+        """The least adjusted loss plus one standard error, or ``None`` before anything succeeded.
+
+        The standard error is charged because the least of many noisy numbers is mostly the
+        luckiest: an assignment seen on little text has to look better by more. The earliest told
+        wins ties.
+        """
+        if not self._values:
+            return None
+        fit = self._fitted()
+        row = int(np.argmin(fit.means + fit.standard_errors))
+        return list(self._values)[row]
+
+    def _fitted(self) -> _Fit:
+        if self._fit is None:
+            self._fit = _fit(list(self._values.values()))
+        return self._fit
+
+
+def _fit(table: list[dict[int, float]]) -> _Fit:
+    """Two-way additive least squares, assignments shrunk towards their common mean.
+
+    The assignments are eliminated first, which leaves one small system in the effects; the common
+    mean lives in the effects. Variances are those of the unshrunk row means given the effects:
+    ``variance * (1 / n + k' C^-1 k)`` with ``k`` the row's average of effects minus that of all.
+    """
+    columns = {index: j for j, index in enumerate(sorted({i for row in table for i in row}))}
+    seen = np.zeros((len(table), len(columns)))
+    values = np.zeros_like(seen)
+    for i, row in enumerate(table):
+        for index, value in row.items():
+            seen[i, columns[index]] = 1.0
+            values[i, columns[index]] = value
+    counts = seen.sum(1)
+    shrunk = seen / (counts + _PRIOR_SEQUENCES)[:, None]
+    system = np.diag(seen.sum(0)) - seen.T @ shrunk
+    effects = np.linalg.solve(system, values.sum(0) - shrunk.T @ values.sum(1))
+    losses = (values.sum(1) - seen @ effects) / counts
+    residuals = seen * (values - effects - losses[:, None])
+    freedom = seen.sum() - len(table) - len(columns) + 1
+    if freedom < 1:  # effects cannot be told from noise yet: the raw spread stands in
+        raw = values[seen > 0]
+        variance = float(raw.var(ddof=1)) if len(raw) > 1 else 0.0
+    else:
+        variance = float((residuals**2).sum() / freedom)
+    contrast = seen / counts[:, None] - 1.0 / len(columns)
+    spread = (contrast * np.linalg.solve(system, contrast.T).T).sum(1)
+    return _Fit(losses + float(effects.mean()), np.sqrt(variance * (1.0 / counts + spread)))

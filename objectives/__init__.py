@@ -1,0 +1,1 @@
+"""How good a choice is: calibration texts, measured losses, and estimates of them."""

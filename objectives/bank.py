@@ -1,0 +1,105 @@
+"""Compressed parameters by (unit, option), made once and swapped into a live model by reference."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from search_spaces.operators import Operator, Statistics
+from search_spaces.operators.members import compress_member
+from search_spaces.space import Assignment, SearchSpace
+
+DEFAULT_BANK_BYTES = 4 * 2**30
+_NO_STATISTICS = Statistics()
+
+
+class Bank:
+    """Keeps compressed parameters in memory up to a cap, least recently used out first.
+
+    The model's own tensors are never written to: a swap points a parameter at another tensor, and
+    ``restore`` points it back.
+
+    Args:
+        model: The dense model; its parameters at this moment are what is compressed.
+        space: Units and menus.
+        statistics: By member name, for operators that need them.
+        most_bytes: Cap of the memory held by compressed parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        space: SearchSpace,
+        *,
+        statistics: Mapping[str, Statistics] | None = None,
+        most_bytes: int = DEFAULT_BANK_BYTES,
+    ) -> None:
+        self._space = space
+        self._statistics = statistics or {}
+        self._parameters = [
+            tuple(model.get_parameter(member.name) for member in unit.members)
+            for unit in space.units
+        ]
+        self._dense = [tuple(p.data for p in unit) for unit in self._parameters]
+        self._current: list[int | None] = [None] * len(space.units)
+        self._kept: OrderedDict[tuple[int, int], tuple[Tensor, ...]] = OrderedDict()
+        self._kept_bytes = 0
+        self._most_bytes = most_bytes
+
+    def parameters(self, unit: int) -> tuple[nn.Parameter, ...]:
+        """The live parameters of a unit."""
+        return self._parameters[unit]
+
+    def dense(self, unit: int) -> tuple[Tensor, ...]:
+        """The dense parameters of a unit, in the model's layout."""
+        return self._dense[unit]
+
+    def compressed(self, unit: int, option: int) -> tuple[Tensor, ...]:
+        """The parameters of a unit under an option, in the model's layout and dtype."""
+        key = (unit, option)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        made = self.make(unit, self._space.menus[unit][option].operator)
+        size = sum(tensor.nbytes for tensor in made)
+        while self._kept and self._kept_bytes + size > self._most_bytes:
+            _, dropped = self._kept.popitem(last=False)
+            self._kept_bytes -= sum(tensor.nbytes for tensor in dropped)
+        if size <= self._most_bytes:
+            self._kept[key] = made
+            self._kept_bytes += size
+        return made
+
+    def make(self, unit: int, operator: Operator) -> tuple[Tensor, ...]:
+        """Compress the dense parameters of a unit, without keeping the result."""
+        return tuple(
+            compress_member(
+                dense, member, operator, self._statistics.get(member.name, _NO_STATISTICS)
+            )
+            for dense, member in zip(
+                self._dense[unit], self._space.units[unit].members, strict=True
+            )
+        )
+
+    def swap(self, assignment: Assignment) -> None:
+        """Point every unit's parameters at its option; only units that differ are touched."""
+        self._space.check(assignment)
+        for unit, option in enumerate(assignment):
+            if self._current[unit] != option:
+                self._current[unit] = None
+                for parameter, tensor in zip(
+                    self._parameters[unit], self.compressed(unit, option), strict=True
+                ):
+                    parameter.data = tensor
+                self._current[unit] = option
+
+    def restore(self) -> None:
+        """Point every parameter back at its dense tensor."""
+        for unit, (parameters, tensors) in enumerate(
+            zip(self._parameters, self._dense, strict=True)
+        ):
+            for parameter, tensor in zip(parameters, tensors, strict=True):
+                parameter.data = tensor
+            self._current[unit] = None

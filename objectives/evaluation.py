@@ -1,0 +1,126 @@
+"""What was measured: a fidelity (which tokens) and an evaluation (what came out). No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from search_spaces.space import Assignment
+
+SIGNIFICANT_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Which sequences of which split an assignment is measured on.
+
+    Attributes:
+        split: ``search``, ``guard`` or ``heldout``.
+        first: Index of the first sequence; counting wraps around the split's end.
+        count: Number of sequences.
+    """
+
+    split: str
+    first: int
+    count: int
+
+    def indices(self, num_sequences: int) -> tuple[int, ...]:
+        """The sequences' indices in a split of ``num_sequences``."""
+        if not 1 <= self.count <= num_sequences:
+            raise ValueError(f"fidelity asks for {self.count} of {num_sequences} sequences")
+        return tuple((self.first + i) % num_sequences for i in range(self.count))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measured loss of a whole assignment at a fidelity. Losses: lower is better.
+
+    Attributes:
+        assignment: What was measured.
+        fidelity: On which sequences.
+        sequence_nats: (count,) mean loss per token of each sequence, nats, in the fidelity's order,
+            rounded to six significant digits; empty when the evaluation failed.
+        sequence_cross_entropy_nats: (count,) the same for cross-entropy; empty where the task has
+            none.
+        num_tokens: Tokens sent through the model.
+        error: Why it failed, or ``None``.
+    """
+
+    assignment: Assignment
+    fidelity: Fidelity
+    sequence_nats: tuple[float, ...] = ()
+    sequence_cross_entropy_nats: tuple[float, ...] = ()
+    num_tokens: int = 0
+    error: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is a finite loss."""
+        return self.error is None
+
+    @property
+    def loss_nats(self) -> float:
+        """Mean loss per token, rounded; infinite when failed."""
+        return round_significant(mean(self.sequence_nats)) if self.ok else math.inf
+
+    @property
+    def standard_error_nats(self) -> float:
+        """Standard error of the mean over sequences; 0 for a single sequence."""
+        return standard_error(self.sequence_nats)
+
+    @property
+    def key(self) -> str:
+        """Content address of what was measured."""
+        return evaluation_key(self.assignment, self.fidelity)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the journal."""
+        return {
+            "assignment": list(self.assignment),
+            "fidelity": asdict(self.fidelity),
+            "sequence_nats": list(self.sequence_nats),
+            "sequence_cross_entropy_nats": list(self.sequence_cross_entropy_nats),
+            "num_tokens": self.num_tokens,
+            "error": self.error,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Evaluation:
+        """The evaluation that :meth:`to_json` wrote."""
+        return cls(
+            tuple(data["assignment"]),
+            Fidelity(**data["fidelity"]),
+            tuple(data["sequence_nats"]),
+            tuple(data["sequence_cross_entropy_nats"]),
+            data["num_tokens"],
+            data["error"],
+        )
+
+
+def evaluation_key(assignment: Assignment, fidelity: Fidelity) -> str:
+    """sha256 of the canonical JSON of an assignment and a fidelity."""
+    text = json.dumps([list(assignment), asdict(fidelity)], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def round_significant(value: float) -> float:
+    """Round to six significant digits, so that equal losses are equal on every worker."""
+    return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean, correctly rounded."""
+    return math.fsum(values) / len(values)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean; 0 for fewer than two values."""
+    if len(values) < 2:
+        return 0.0
+    centre = mean(values)
+    variance = math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1)
+    return math.sqrt(variance / len(values))

@@ -1,0 +1,38 @@
+"""Activation-weighted reconstruction: the error of a matrix's outputs on calibration inputs.
+
+With inputs of second moment ``m`` per feature (their correlations ignored), the expected squared
+output error is ``sum_ij m_j (W - W')_ij^2``; it is divided by the expected squared output, so that
+matrices of different scale add up.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from objectives.sensitivity.base import ScoringContext, weighted_square
+
+
+class Reconstruction:
+    """Relative squared output error by the diagonal second moment, Wanda's and imatrix's weights."""
+
+    name: ClassVar[str] = "reconstruction"
+    unit: ClassVar[str] = "relative_output_mse"
+    needs: ClassVar[frozenset[str]] = frozenset({"second_moment"})
+
+    def cell(self, context: ScoringContext, unit: int, option: int) -> float:
+        """Relative squared output error of one option.
+
+        Raises:
+            ValueError: The inputs of a parameter could not be observed.
+        """
+        total = 0.0
+        for member, weight, error, stats in context.errors(unit, option):
+            if stats.second_moment is None:
+                raise ValueError(
+                    f"scorer reconstruction: the inputs of {member.name} cannot be observed; "
+                    "exclude it or use the fisher scorer"
+                )
+            moment = stats.second_moment.to(error.device)
+            energy = weighted_square(weight, moment)
+            total += weighted_square(error, moment) / energy if energy > 0 else 0.0
+        return total

@@ -1,0 +1,26 @@
+"""Relative weight error: how much of a matrix's energy compression loses. Needs no data."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from objectives.sensitivity.base import ScoringContext
+
+
+class RelativeError:
+    """``sum (W - W')^2 / sum W^2``, summed over a unit's parameters."""
+
+    name: ClassVar[str] = "relative_error"
+    unit: ClassVar[str] = "relative_mse"
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def cell(self, context: ScoringContext, unit: int, option: int) -> float:
+        """Relative squared error of one option."""
+        total = 0.0
+        for _, weight, error, _ in context.errors(unit, option):
+            energy = float(weight.square().sum(dtype=torch.float64))
+            lost = float(error.square().sum(dtype=torch.float64))
+            total += lost / energy if energy > 0 else 0.0
+        return total

@@ -1,0 +1,202 @@
+"""One streaming pass over the statistics split: what every matrix saw, and how the loss felt it.
+
+Second moments come from hooks on the modules that own the matrices; the empirical Fisher from one
+backward pass per sequence (squaring a batch-summed gradient would be wrong). Gradients are folded
+into the accumulators as soon as they appear, so that memory is one float32 accumulator per weight.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from objectives.task import Task, TokenMeter
+from search_spaces.operators import Statistics
+from search_spaces.operators.members import logical
+from search_spaces.space import Member, SearchSpace
+
+logger = logging.getLogger(__name__)
+
+KINDS = frozenset({"second_moment", "hessian", "fisher"})
+
+Progress = Callable[[int, int], None]
+
+
+def collect_statistics(
+    model: nn.Module,
+    task: Task,
+    space: SearchSpace,
+    *,
+    needs: Collection[str],
+    meter: TokenMeter,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Statistics]:
+    """Run the dense model over the statistics split.
+
+    Args:
+        model: The dense model.
+        task: Gives the sequences and the loss whose gradient is squared.
+        space: Whose members are observed.
+        needs: Any of ``second_moment``, ``hessian``, ``fisher``.
+        meter: Counts forward tokens; a backward counts as two forwards.
+        progress: Told (sequences done, sequences in all) after each.
+
+    Returns:
+        By member name. A parameter whose inputs no hook can see (an embedding, a fused stack of
+        experts behind its router) has no second moment; this is logged.
+
+    Raises:
+        ValueError: An unknown kind of statistics.
+    """
+    unknown = set(needs) - KINDS
+    if unknown:
+        raise ValueError(f"unknown statistics {sorted(unknown)}; known: {sorted(KINDS)}")
+    if not needs:
+        return {}
+    members = [member for unit in space.units for member in unit.members]
+    observed = members if {"second_moment", "hessian"} & set(needs) else []
+    moments = _InputMoments(model, observed, full="hessian" in needs)
+    fisher = _SquaredGradients(model, members if "fisher" in needs else [])
+    total = task.num_sequences("statistics")
+    with ExitStack() as stack:
+        stack.enter_context(moments.listening())
+        if "fisher" in needs:
+            stack.enter_context(fisher.listening())
+        else:
+            stack.enter_context(torch.no_grad())
+        for index in range(total):
+            loss = task.likelihood_loss(model, "statistics", index)
+            meter.add("statistics", task.tokens_per_sequence)
+            if "fisher" in needs:
+                loss.backward()  # type: ignore[no-untyped-call]
+                meter.add("statistics_backward", 2 * task.tokens_per_sequence)
+            progress(index + 1, total)
+    scale = task.tokens_per_sequence / total
+    return {
+        member.name: Statistics(
+            second_moment=moments.second_moment(member) if "second_moment" in needs else None,
+            hessian=moments.hessian(member) if "hessian" in needs else None,
+            fisher=fisher.sums[member.name] * scale if "fisher" in needs else None,
+        )
+        for member in members
+    }
+
+
+@contextmanager
+def trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let gradients reach these parameters, and nothing else change."""
+    before = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in zip(parameters, before, strict=True):
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+
+
+@contextmanager
+def gradient_hooks(
+    parameters: Mapping[str, nn.Parameter], consume: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Hand each parameter's gradient to ``consume`` the moment it is complete, then free it."""
+
+    def folding(name: str) -> Callable[[Tensor], None]:
+        def fold(leaf: Tensor) -> None:
+            assert leaf.grad is not None
+            consume(name, leaf.grad)
+            leaf.grad = None
+
+        return fold
+
+    with trainable(list(parameters.values())):
+        handles = [
+            parameter.register_post_accumulate_grad_hook(folding(name))  # type: ignore[no-untyped-call]
+            for name, parameter in parameters.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _SquaredGradients:
+    """Sums of squared gradients by member, (matrices, rows, columns) or (rows, columns)."""
+
+    def __init__(self, model: nn.Module, members: Sequence[Member]) -> None:
+        self._members = {member.name: member for member in members}
+        self._parameters = {name: model.get_parameter(name) for name in self._members}
+        self.sums: dict[str, Tensor] = {}
+
+    def listening(self) -> AbstractContextManager[None]:
+        return gradient_hooks(self._parameters, self._fold)
+
+    def _fold(self, name: str, gradient: Tensor) -> None:
+        squared = logical(gradient, self._members[name]).float().square()
+        squared = squared if len(self._members[name].shape) == 3 else squared.squeeze(0)
+        if name in self.sums:
+            self.sums[name] += squared
+        else:
+            self.sums[name] = squared
+
+
+class _InputMoments:
+    """Mean over tokens of the squared inputs (or their outer products) of each member's module."""
+
+    def __init__(self, model: nn.Module, members: Sequence[Member], *, full: bool) -> None:
+        self._model = model
+        self._members = members
+        self._full = full
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        handles = [
+            self._model.get_submodule(member.module).register_forward_pre_hook(self._hook(member))
+            for member in self._members
+            if self._visible(member)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def second_moment(self, member: Member) -> Tensor | None:
+        """(columns,) or ``None`` where the inputs cannot be seen."""
+        if member.name not in self._sums:
+            logger.warning("no input statistics for %s: its module hides them", member.name)
+            return None
+        moments = self._sums[member.name] / self._tokens[member.name]
+        return moments.diagonal().clone() if self._full else moments
+
+    def hessian(self, member: Member) -> Tensor | None:
+        """(columns, columns) or ``None`` where the inputs cannot be seen."""
+        if member.name not in self._sums:
+            logger.warning("no input statistics for %s: its module hides them", member.name)
+            return None
+        return self._sums[member.name] / self._tokens[member.name]
+
+    def _visible(self, member: Member) -> bool:
+        module = self._model.get_submodule(member.module)
+        return len(member.shape) == 2 and not isinstance(module, nn.Embedding)
+
+    def _hook(self, member: Member) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def observe(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            del module
+            flat = inputs[0].detach().flatten(0, -2).float()
+            moment = flat.T @ flat if self._full else flat.square().sum(0)
+            if member.name in self._sums:
+                self._sums[member.name] += moment
+            else:
+                self._sums[member.name] = moment
+            self._tokens[member.name] = self._tokens.get(member.name, 0) + flat.shape[0]
+
+        return observe

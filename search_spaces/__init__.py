@@ -1,0 +1,1 @@
+"""What may be chosen, and exactly what it weighs: units, menus, operators, presets, bytes."""

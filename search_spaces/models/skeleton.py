@@ -1,0 +1,33 @@
+"""Models without weights, so that a space can be priced before anything is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import device, nn
+
+
+def skeleton(model_id_or_folder: str | Path) -> nn.Module:
+    """The causal language model of a configuration, on the meta device.
+
+    Args:
+        model_id_or_folder: A hub id or a local folder with a ``config.json``. Code that a
+            repository ships is never run.
+
+    Raises:
+        ValueError: There is no such configuration, or it is not a causal language model's.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = str(model_id_or_folder)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        with device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".:")
+        raise ValueError(
+            f"cannot build a causal language model from {name!r} ({reason}); "
+            "give a hub id or a folder with the config.json of one"
+        ) from error
+    return model
