@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-_TORCH_TYPES = {
+STORED_TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -110,7 +110,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
                 _tensor(model, member.name).copy_(compressed(model, member, operator))
         for stored in _fixed(plan):
             tensor = _tensor(model, stored.name)
-            tensor.copy_(tensor.to(_TORCH_TYPES[stored.dtype]))
+            tensor.copy_(tensor.to(STORED_TYPES[stored.dtype]))
 
 
 def compressed(model: nn.Module, member: Member, operator: Operator) -> Tensor:
@@ -148,11 +148,12 @@ def write_checkpoint(
         weights_sha256=loaded.weights_sha256,
     )
     with _new_folder(output) as folder:
+        model: nn.Module = loaded.model
         if dtype == "float32":
-            loaded.model.float()  # first: a narrower parameter would round what is written to it
-        apply_plan(loaded.model, plan)
+            model.float()  # first: a narrower parameter would round what is written to it
+        apply_plan(model, plan)
         if dtype is not None:
-            loaded.model.to(dtype=getattr(torch, dtype))
+            model.to(getattr(torch, dtype))
         loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
         save_plan(plan, folder / "plan.json")
@@ -173,7 +174,7 @@ def write_packed(model: nn.Module, plan: Plan, path: Path) -> None:
     """
     check_model(plan, model)
     tensors = {
-        stored.name: _tensor(model, stored.name).detach().to(_TORCH_TYPES[stored.dtype]).cpu()
+        stored.name: _tensor(model, stored.name).detach().to(STORED_TYPES[stored.dtype]).cpu()
         for stored in _fixed(plan)
     }
     for entry in plan.units:
@@ -252,7 +253,7 @@ def _check_stored(plan: Plan, tensors: dict[str, Tensor], path: Path) -> None:
         raise ValueError(f"{path} was written with another plan: tensor {name!r} {where}")
     for name, stored in expected.items():
         tensor = tensors[name]
-        if tuple(tensor.shape) != stored.shape or tensor.dtype != _TORCH_TYPES[stored.dtype]:
+        if tuple(tensor.shape) != stored.shape or tensor.dtype != STORED_TYPES[stored.dtype]:
             raise ValueError(
                 f"{path} was written with another plan: expected {name!r} as {stored.dtype} "
                 f"{list(stored.shape)}, got {tensor.dtype} {list(tensor.shape)}"

@@ -78,8 +78,38 @@ class SearchConfig(_Strict):
     batch: Positive = 8
 
 
+class CapsConfig(_Strict):
+    """Where the search stops.
+
+    Attributes:
+        trials: Most evaluations.
+        tokens: Most forward tokens of statistics, dense model and search together.
+        seconds: Longest time of the search in one session; where it cuts is not reproducible.
+    """
+
+    trials: Positive | None = None
+    tokens: Positive | None = None
+    seconds: Annotated[float, Field(gt=0)] | None = None
+
+
+class ExecutionConfig(_Strict):
+    """Where measurements run.
+
+    Attributes:
+        executor: ``in-process`` or ``ray``.
+        workers: Processes that measure.
+        address: Of a running Ray cluster; without one, a local one is started.
+        gpus_per_worker: That Ray reserves for each worker.
+    """
+
+    executor: str = "in-process"
+    workers: Positive = 1
+    address: str | None = None
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+
+
 class RunConfig(_Strict):
-    """One complete run. Limits and executor are not part of it: they never change the history."""
+    """One complete run. ``caps`` and ``execution`` say how long and where, not what comes out."""
 
     model: str
     budget: str
@@ -87,6 +117,13 @@ class RunConfig(_Strict):
     data: DataConfig = DataConfig()
     measure: MeasureConfig = MeasureConfig()
     search: SearchConfig = SearchConfig()
+    caps: CapsConfig = CapsConfig(trials=150)
+    execution: ExecutionConfig = ExecutionConfig()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The part that decides the history: what a resumed run must agree on."""
+        return self.model_dump(mode="json", exclude={"caps", "execution"})
 
 
 def save_config(config: RunConfig, path: Path) -> None:

@@ -11,11 +11,18 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from search_spaces.operators import Operator, operator_from_json
 from search_spaces.space import Member, Unit
-from search_spaces.storage import StoredTensor, safetensors_bytes
+from search_spaces.storage import ELEMENT_BYTES, StoredTensor, safetensors_bytes
 
 _MOST_PLAN_BYTES = 64 * 2**20
 CONTAINER_METADATA = {"format": "model-allocator"}
@@ -89,6 +96,13 @@ class FixedTensor(_Strict):
     dtype: str
     shape: tuple[int, ...]
 
+    @field_validator("dtype")
+    @classmethod
+    def _known(cls, dtype: str) -> str:
+        if dtype not in ELEMENT_BYTES:
+            raise ValueError(f"unknown stored type {dtype!r}; known: {', '.join(ELEMENT_BYTES)}")
+        return dtype
+
 
 class SplitRecord(_Strict):
     """One calibration split: its size and the hash of its token ids."""
@@ -122,8 +136,8 @@ class Plan(_Strict):
 
     Bytes: ``achieved_bytes`` is the exact size of the packed safetensors file, header included;
     ``searched_bytes`` the payload of the searched units. Losses are nats per token, lower is
-    better. ``lower_bound_nats`` and ``gap_nats`` speak of the additive model of ``scorer``;
-    the measured entries speak for themselves.
+    better, measured in ``dtype``. ``lower_bound_nats`` and ``gap_nats`` speak of the additive model
+    of ``scorer``; the measured entries speak for themselves.
     """
 
     schema_version: Literal[1] = 1
@@ -143,6 +157,7 @@ class Plan(_Strict):
     returned: Literal["uniform", "dp", "search"]
     scorer: str
     objective: str = "kl"
+    dtype: str = "float32"
     predicted_nats: float
     lower_bound_nats: float
     gap_nats: float
@@ -167,7 +182,10 @@ class Plan(_Strict):
                 )
         if sum(entry.bytes for entry in self.units) != self.searched_bytes:
             raise ValueError("searched_bytes is not the sum of the units' bytes")
-        exact = safetensors_bytes(self.stored_tensors(), CONTAINER_METADATA)
+        stored = self.stored_tensors()
+        if len({tensor.name for tensor in stored}) != len(stored):
+            raise ValueError("two units or fixed tensors store a tensor of the same name")
+        exact = safetensors_bytes(stored, CONTAINER_METADATA)
         if exact != self.achieved_bytes:
             raise ValueError(f"achieved_bytes says {self.achieved_bytes}, the file has {exact}")
         if self.achieved_bytes > self.budget_bytes:

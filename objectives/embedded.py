@@ -14,18 +14,19 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from objectives.quiet import quiet_transformers
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -37,28 +38,42 @@ _CONVERTER = 1  # raise it when the conversion changes, so that old caches are l
 _RESCALING_SEED = 0
 _RESCALING_RANGE = (0.9, 1.1)
 
-# What defines the model. Written out so that the folder, and with it the hash of its configuration,
-# does not depend on the defaults of the installed transformers.
-_CONFIG_KEYS = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_parameters",
-    "tie_word_embeddings",
-    "attention_bias",
-    "mlp_bias",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
+# Written out rather than read through transformers, so that the folder, and with it the hash of its
+# configuration, does not depend on the defaults of the installed version.
+_CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "float32",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+_BLOCK_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_GGUF_CONTROL_TOKEN = 3
 
 
 def prepare_embedded(name: str) -> Path:
@@ -80,7 +95,7 @@ def prepare_embedded(name: str) -> Path:
         return folder
     if find_spec("gguf") is None:
         raise ValueError(f"the model {name!r} is stored as GGUF: run pip install gguf")
-    logger.info("converting %s once into %s; this takes about half a minute", name, folder)
+    logger.info("converting %s once into %s; this takes some ten seconds", name, folder)
     try:
         _write_atomically(folder, lambda to: _convert(source, to, EMBEDDED_MODELS[name]))
     except OSError as error:
@@ -99,16 +114,17 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "model-allocator"
 
 
-def rescale(state: State, config: Any, seed: int = _RESCALING_SEED) -> State:
+def rescale(state: State, config: Mapping[str, Any], seed: int = _RESCALING_SEED) -> State:
     """Rescale a Llama's channels so that weights change and the function does not.
 
     A factor per channel is divided out of one tensor and multiplied into those that consume it:
     RMSNorm weights and the columns they feed, rows of ``up_proj`` and columns of ``down_proj``,
     rows of ``v_proj`` and columns of ``o_proj`` (shared by the query heads of a key-value head).
+    The last norm stays, since a tied head cannot take its factors.
 
     Args:
         state: Tensors by name, (rows, columns) or (channels,).
-        config: The model's configuration, for its numbers of layers and heads.
+        config: Numbers of layers and heads, and the head width, as in config.json.
         seed: Draws the factors, uniform in [0.9, 1.1].
 
     Returns:
@@ -116,35 +132,38 @@ def rescale(state: State, config: Any, seed: int = _RESCALING_SEED) -> State:
     """
     rng = np.random.default_rng(seed)
     scaled = dict(state)
+    query_groups = config["num_attention_heads"] // config["num_key_value_heads"]
 
-    def fold(giver: str, takers: tuple[str, ...], query_groups: int = 1) -> None:
-        num_channels = scaled[giver].shape[0]
-        factors = torch.from_numpy(rng.uniform(*_RESCALING_RANGE, num_channels)).float()
-        given = scaled[giver]
-        scaled[giver] = given / (factors if given.ndim == 1 else factors[:, None])
-        heads = factors.reshape(-1, config.head_dim) if query_groups > 1 else factors[None]
-        columns = heads.repeat_interleave(query_groups, dim=0).flatten()
+    def move(giver: str, *takers: str) -> None:
+        factors = torch.from_numpy(rng.uniform(*_RESCALING_RANGE, len(scaled[giver]))).float()
+        columns = factors
+        if giver.endswith("v_proj.weight"):
+            heads = factors.reshape(-1, config["head_dim"])
+            columns = heads.repeat_interleave(query_groups, dim=0).flatten()
+        is_norm = scaled[giver].ndim == 1
+        scaled[giver] = scaled[giver] / (factors if is_norm else factors[:, None])
         for taker in takers:
             scaled[taker] = scaled[taker] * columns
 
-    for layer in range(config.num_hidden_layers):
+    for layer in range(config["num_hidden_layers"]):
         block = f"model.layers.{layer}"
-        attention = {kind: f"{block}.self_attn.{kind}_proj.weight" for kind in "qkvo"}
+        q, k, v, o = (f"{block}.self_attn.{kind}_proj.weight" for kind in "qkvo")
         gate, up, down = (f"{block}.mlp.{kind}_proj.weight" for kind in ("gate", "up", "down"))
-        fold(f"{block}.input_layernorm.weight", tuple(attention[kind] for kind in "qkv"))
-        fold(f"{block}.post_attention_layernorm.weight", (gate, up))
-        fold(up, (down,))
-        query_groups = config.num_attention_heads // config.num_key_value_heads
-        fold(attention["v"], (attention["o"],), query_groups)
+        move(f"{block}.input_layernorm.weight", q, k, v)
+        move(v, o)
+        move(f"{block}.post_attention_layernorm.weight", gate, up)
+        move(up, down)
     return scaled
 
 
-def _unchanged(state: State, config: Any) -> State:
+def _unchanged(state: State, config: Mapping[str, Any]) -> State:
     del config
     return state
 
 
-EMBEDDED_MODELS: dict[str, Callable[[State, Any], State]] = {
+Change = Callable[[State, Mapping[str, Any]], State]
+
+EMBEDDED_MODELS: dict[str, Change] = {
     "smollm2-135m": _unchanged,
     "smollm2-135m-rescaled": rescale,
 }
@@ -177,44 +196,71 @@ def _write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
                 raise
 
 
-def _convert(source: Path, folder: Path, change: Callable[[State, Any], State]) -> None:
-    """Write configuration, weights and tokenizer of a GGUF file as a checkpoint folder."""
-    with quiet_transformers():
-        from transformers import AutoConfig, AutoTokenizer
-
-        config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        tokenizer.save_pretrained(folder)
-        state = change(_dequantize(source, config), config)
-    written = {key: getattr(config, key) for key in _CONFIG_KEYS}
-    written |= {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _dequantize(source: Path, config: Any) -> State:
-    """All tensors of a Llama GGUF file in float32, under transformers' names.
-
-    transformers can do this too, but then wants accelerate.
-    """
+def _convert(source: Path, folder: Path, change: Change) -> None:
+    """Write configuration, weights and tokenizer of the GGUF file as a checkpoint folder."""
     import gguf
-    from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(source).tensors}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    reader = gguf.GGUFReader(source)
+    state = change(_dequantize(reader), _CONFIG)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(_CONFIG, indent=1) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    _build_tokenizer(reader).save_pretrained(folder)
+
+
+def _dequantize(reader: Any) -> State:
+    """All tensors in float32 under transformers' names; the head is tied and not stored.
+
+    transformers can read GGUF too, but wants accelerate for it.
+    """
+    from gguf.quants import dequantize
+
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
+    for layer in range(_CONFIG["num_hidden_layers"]):
+        for ours, theirs in _BLOCK_NAMES.items():
+            names[f"model.layers.{layer}.{ours}"] = f"blk.{layer}.{theirs}"
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    assert len(stored) == len(names)
     state = {}
-    for name, parameter in model.named_parameters():  # a tied head is not listed twice
-        tensor = stored[names.get_name(name, try_suffixes=(".weight",))]
-        values = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-        if name.endswith("q_proj.weight"):
-            values = _paired_to_halves(values, config.num_attention_heads)
-        elif name.endswith("k_proj.weight"):
-            values = _paired_to_halves(values, config.num_key_value_heads)
-        assert values.shape == parameter.shape, name
-        state[name] = values.contiguous()
+    for ours, theirs in names.items():
+        tensor = stored[f"{theirs}.weight"]
+        values = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+        if ours.endswith(("q_proj", "k_proj")):
+            values = _paired_to_halves(values, len(values) // _CONFIG["head_dim"])
+        state[f"{ours}.weight"] = values.contiguous()
     return state
+
+
+def _build_tokenizer(reader: Any) -> PreTrainedTokenizerBase:
+    """The byte-level BPE tokenizer, digits apart, as the model was trained with."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def field(name: str) -> Any:
+        return reader.fields[f"tokenizer.{name}"].contents()
+
+    tokens = field("ggml.tokens")
+    merges = [tuple(merge.split(" ")) for merge in field("ggml.merges")]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    # The GGUF names this scheme "smollm"; transformers' own reading of GGUF forgets the digits.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = zip(tokens, field("ggml.token_type"), strict=True)
+    tokenizer.add_special_tokens([token for token, kind in kinds if kind == _GGUF_CONTROL_TOKEN])
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        bos_token=tokens[_CONFIG["bos_token_id"]],
+        eos_token=tokens[_CONFIG["eos_token_id"]],
+        pad_token=tokens[_CONFIG["pad_token_id"]],
+        chat_template=field("chat_template"),
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _paired_to_halves(weight: Tensor, num_heads: int) -> Tensor:

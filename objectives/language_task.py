@@ -23,7 +23,7 @@ class LanguageTask:
         calibration: The splits' token ids.
         top_k: Outcomes the teacher cache keeps per position; 0 keeps the vocabulary.
         batch_size: Sequences per forward pass.
-        objective: ``kl`` or ``cross_entropy``.
+        objective: ``kl``, or ``cross_entropy`` for its increase over the dense model's.
         cache_folder: Where teacher caches are kept between processes; ``None``: in memory only.
     """
 
@@ -45,6 +45,7 @@ class LanguageTask:
         self._batch_size = batch_size
         self._folder = cache_folder
         self._teachers: dict[str, TeacherCache] = {}
+        self._dense: dict[str, Tensor] = {}
 
     @property
     def tokens_per_sequence(self) -> int:
@@ -60,8 +61,11 @@ class LanguageTask:
 
         The model must be dense when this is called.
         """
-        if self.name != "kl" or split in self._teachers:
+        if split in self._teachers or split in self._dense:
             return 0
+        if self.name != "kl":
+            self._dense[split] = self._dense_cross_entropy(model, split)
+            return self._splits[split].numel()
         path = self._cache_path(split)
         if path is not None and path.exists():
             self._teachers[split] = TeacherCache.from_tensors(load_file(path), split)
@@ -94,11 +98,10 @@ class LanguageTask:
                 logits = _logits(model, tokens).float()
                 entropy = _cross_entropy(logits, tokens)
                 cross.extend(entropy.tolist())
-                nats.extend(
-                    self._kl(logits, split, rows).tolist()
-                    if self.name == "kl"
-                    else entropy.tolist()
-                )
+                if self.name == "kl":
+                    nats.extend(self._kl(logits, split, rows).tolist())
+                else:
+                    nats.extend((entropy.cpu() - self._dense[split][rows]).tolist())
         return SequenceLosses(nats, cross)
 
     def likelihood_loss(self, model: nn.Module, split: str, index: int) -> Tensor:
@@ -118,6 +121,12 @@ class LanguageTask:
         teacher = self._teachers[split]
         kept = teacher.indices if teacher.full else teacher.indices[rows].to(logits.device)
         return kl_per_token(kept, teacher.log_probs[rows].to(logits.device), logits).mean(-1)
+
+    def _dense_cross_entropy(self, model: nn.Module, split: str) -> Tensor:
+        """(num_sequences,) of the dense model."""
+        with torch.inference_mode():
+            batches = torch.split(self._splits[split], self._batch_size)
+            return torch.cat([_cross_entropy(_logits(model, b).float(), b).cpu() for b in batches])
 
     def _cache_path(self, split: str) -> Path | None:
         if self._folder is None:

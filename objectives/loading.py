@@ -80,8 +80,8 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> Loade
     folder = find_model(name)
     config = _read_config(folder)
     files = _weight_files(folder)
-    tokenizer = _load_tokenizer(folder)
     model = _load_weights(folder, chosen_dtype)
+    tokenizer = _load_tokenizer(folder)
     return LoadedModel(
         model=model.to(chosen_device),  # type: ignore[arg-type]
         tokenizer=tokenizer,
@@ -110,7 +110,7 @@ def find_model(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the HTTP library beneath, and so its errors, change with versions
         raise ValueError(
             f"no model {name!r}: neither a folder, nor an embedded model "
             f"({', '.join(EMBEDDED_MODELS)}), nor a model that the hub supplies "
@@ -269,6 +269,7 @@ def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 output_loading_info=True,
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
@@ -276,7 +277,13 @@ def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             f"cannot load {folder} as a causal language model: {_first_line(error)}"
         ) from error
     model: PreTrainedModel = loaded[0]
-    report: dict[str, set[str]] = loaded[1]
+    report: dict[str, Any] = loaded[1]
+    if report["mismatched_keys"]:
+        weight, stored, expected = min(report["mismatched_keys"])
+        raise ValueError(
+            f"{folder} does not fit its config.json: {weight} has the shape {tuple(stored)}, "
+            f"expected {tuple(expected)}"
+        )
     if report["missing_keys"]:
         absent = sorted(report["missing_keys"])
         raise ValueError(
@@ -314,4 +321,4 @@ def _hash_files(files: Iterable[Path], model: nn.Module) -> str:
 
 def _first_line(error: Exception) -> str:
     """A foreign error's message, short enough for a sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":")
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")

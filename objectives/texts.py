@@ -189,13 +189,17 @@ def _read_data_set(identifier: str, field: str) -> Iterator[str]:
     name, config, split = _parse_data_set(identifier)
     if not Path(name).exists():
         _check_reachable(name)
+    for row in _rows(name, config, split):
+        yield _text_of(row, field, identifier)
+
+
+def _rows(name: str, config: str | None, split: str) -> Iterator[object]:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=True)
-        for row in rows:
-            yield _text_of(row, field, identifier)
-    except OSError as error:
+        yield from datasets.load_dataset(name, config, split=split, streaming=True)
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot read the data set {name!r}: {_first_line(error)}") from error
 
 
@@ -217,7 +221,7 @@ def _check_reachable(name: str) -> None:
 
     try:
         HfApi().dataset_info(name, timeout=10)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the HTTP library beneath, and so its errors, change with versions
         known = ", ".join(EMBEDDED_TEXTS)
         raise ValueError(
             f"no text {name!r}: neither a file or folder, nor an embedded text ({known}), nor a "
@@ -293,4 +297,4 @@ def _known_suffixes() -> str:
 
 def _first_line(error: Exception) -> str:
     """A foreign error's message, short enough for a sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")

@@ -43,7 +43,7 @@ class StoredTensor:
     """One tensor as a safetensors file holds it.
 
     Attributes:
-        name: Its key in the file (relative to the compressed parameter inside an operator's layout).
+        name: Its key in the file; inside an operator's layout relative to the parameter.
         dtype: Element type by its safetensors name, such as ``"U8"`` or ``"F16"``.
         shape: Its stored shape.
     """

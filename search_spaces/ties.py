@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from search_spaces.models.families import fusible_projections
+from search_spaces.families import fusible_projections
 from search_spaces.registry import Registry
 from search_spaces.space import Unit
 

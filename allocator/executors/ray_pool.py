@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import statistics
 import time
 from collections import deque
@@ -151,8 +152,9 @@ class RayPool:
             self._ray.init("local", num_cpus=num_cpus, include_dashboard=False, **quiet)
             return True
         try:
+            _require_listener(address)
             self._ray.init(address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"cannot join the Ray cluster at {address!r}: {error}") from error
         return True
 
@@ -171,6 +173,9 @@ class RayPool:
 
         class MeasuringActor:
             def __init__(self) -> None:
+                # Ray says this too, unless the driver's environment does; a runtime_env would
+                # double the time to start
+                os.environ["OMP_NUM_THREADS"] = str(threads)
                 self._measure = make()
 
             def ready(self) -> None:
@@ -185,7 +190,6 @@ class RayPool:
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy="SPREAD",
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
         )(MeasuringActor)
 
     def _spawn(self) -> None:
@@ -254,6 +258,13 @@ class RayPool:
             return max(self._patience_seconds, _UNKNOWN_SECONDS)
         median = statistics.median(self._seconds_per_sequence)
         return max(self._patience_seconds, _SLOWEST_FACTOR * median * fidelity.count)
+
+
+def _require_listener(address: str) -> None:
+    """Fail at once where Ray would knock for minutes; ``auto`` and the like it answers itself."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def import_ray() -> Any:

@@ -121,9 +121,12 @@ def describe(bits: object, group_size: object, symmetric: object) -> str:
 def choices(plan: Plan, toolkit: str) -> Iterator[Choice]:
     """The plan parameter by parameter, in its own order.
 
+    Parameters that are not the ``weight`` of their module, such as stacks of fused experts, are
+    left out when they stay dense: a toolkit that is not told about them leaves them alone.
+
     Raises:
-        ValueError: An operator other than ``keep`` and ``round_to_nearest``, or a parameter that is
-            not the ``weight`` of its module, such as a stack of fused experts.
+        ValueError: An operator other than ``keep`` and ``round_to_nearest``, or a compressed
+            parameter that is not the weight matrix of its module.
     """
     for entry in plan.units:
         operator = entry.choice
@@ -134,6 +137,8 @@ def choices(plan: Plan, toolkit: str) -> Iterator[Choice]:
             )
         for member in entry.unit.members:
             if member.parameter != "weight" or len(member.shape) != 2:
+                if isinstance(operator, Keep):
+                    continue
                 raise ValueError(
                     f"{toolkit} addresses the weight matrices of modules: it cannot say anything "
                     f"about {member.name!r} of shape {list(member.shape)}"

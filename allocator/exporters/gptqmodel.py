@@ -60,7 +60,7 @@ class GPTQModelExporter:
         found = tuple(choices(plan, self.name))
         for choice in found:
             _require_expressible(choice)
-        _require_no_fixed_stacks(plan)
+        _require_no_dense_stacks(plan)
         quantized = [_settings(c) for c in found if isinstance(c.operator, RoundToNearest)]
         if not quantized:
             raise ValueError("gptqmodel has nothing to do: the plan keeps every matrix dense")
@@ -118,13 +118,15 @@ def _require_expressible(choice: Choice) -> None:
         )
 
 
-def _require_no_fixed_stacks(plan: Plan) -> None:
+def _require_no_dense_stacks(plan: Plan) -> None:
     """Fused experts are split into Linears there, which no rule of ours would take out."""
-    for tensor in plan.fixed:
-        if len(tensor.shape) == 3 and not tensor.name.endswith(".weight"):
+    dense = [(tensor.name, tensor.shape) for tensor in plan.fixed]
+    dense += [(m.name, m.shape) for entry in plan.units for m in entry.unit.members]
+    for name, shape in dense:
+        if len(shape) == 3 and not name.endswith(".weight"):
             raise ValueError(
-                f"gptqmodel splits fused experts and would quantize {tensor.name!r}, which the "
-                "plan keeps dense"
+                f"gptqmodel splits fused experts and would quantize {name!r}, which the plan "
+                "keeps dense"
             )
 
 

@@ -200,8 +200,10 @@ def _described(config: Any, columns: int) -> str:
 
 def _notes(found: tuple[Choice, ...]) -> tuple[str, ...]:
     notes = [
-        "torchao keeps each code in a whole byte (IntxUnpackedToInt8Tensor): the numbers are the "
-        "plan's, its files are larger than the plan's bytes."
+        "torchao keeps each code in a whole byte (IntxUnpackedToInt8Tensor): its files are larger "
+        "than the plan's bytes.",
+        "torchao rounds the dense weights anew on the plan's grids; the few weights that lie on a "
+        "tie (the largest of a symmetric group) may go the other way.",
     ]
     if any(c.kind in ("embeddings", "head") and not isinstance(c.operator, Keep) for c in found):
         notes.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from allocator.plan import Plan
 
@@ -51,6 +51,10 @@ class RunView:
             evaluations; ``None`` with fewer than three.
         settings: What the run was asked to do, as label -> text, in display order.
         notes: Warnings and facts worth a reader's attention, one sentence each.
+        predicted_unit: Unit of every predicted loss: ``nats`` (per token), or the scorer's own,
+            which only ranks.
+        method_bytes: For ``uniform``, ``dp`` and ``search``, each if it exists, the payload of the
+            searched units; what is missing is not drawn on the frontier.
     """
 
     name: str
@@ -64,3 +68,5 @@ class RunView:
     rank_correlation: float | None
     settings: dict[str, str]
     notes: tuple[str, ...] = ()
+    predicted_unit: str = "unknown unit"
+    method_bytes: dict[str, int] = field(default_factory=dict)

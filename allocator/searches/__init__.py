@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from allocator.searches.base import Search, SearchSetting
 from allocator.searches.evolution import Evolution
+from allocator.searches.model_guided import ModelGuided
 from allocator.searches.random_search import RandomSearch
 from allocator.searches.tpe import TPE
 from search_spaces.registry import Registry
@@ -17,6 +18,7 @@ SEARCHES: Registry[SearchFactory] = Registry(
     "search",
     {
         "evolution": Evolution,
+        "model_guided": ModelGuided,
         "random": RandomSearch,
         "tpe": TPE,
     },

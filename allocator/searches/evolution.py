@@ -45,8 +45,8 @@ class EvolutionOptions:
     """
 
     num_offspring: int = 16
-    survivors: tuple[int, ...] = (4, 1)
-    batches: tuple[int, ...] = (1, 4)
+    survivors: tuple[int, ...] = (2, 1)
+    batches: tuple[int, ...] = (1, 2)
     same_size_only: bool = False
 
     def __post_init__(self) -> None:

@@ -4,9 +4,9 @@ Some text is harder than other text, and the spread between sequences is far lar
 difference between good assignments. The loss of assignment ``a`` on sequence ``s`` is modelled as
 ``loss[a] + effect[s]`` plus noise and fitted by least squares over everything that was told, so
 that an assignment is not called better for having met easy text. Assignments that share no
-sequence are compared through those that link them; where nothing links, assignments count as
-draws from one population (a ridge of one sequence's weight), hence windows as equally hard when
-what was measured on them is equally good.
+sequence are compared through those that link them; where nothing links, assignments count as draws
+from one population. That is weak when they differ much: searches should measure something on every
+window they use.
 
 With every assignment on every sequence this is the plain mean.
 """
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from objectives.evaluation import Evaluation
 from search_spaces.space import Assignment
 
-_PRIOR_SEQUENCES = 1.0  # an assignment is drawn to the mean of all as if by one more sequence
+_LEAST_PRIOR = 1e-3  # keeps the system regular where nothing links two sets of sequences
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,7 @@ class Ledger:
 
 
 def _fit(table: list[dict[int, float]]) -> _Fit:
-    """Two-way additive least squares, assignments shrunk towards their common mean.
-
-    The assignments are eliminated first, which leaves one small system in the effects; the common
-    mean lives in the effects. Variances are those of the unshrunk row means given the effects:
-    ``variance * (1 / n + k' C^-1 k)`` with ``k`` the row's average of effects minus that of all.
-    """
+    """Fit twice: the first fit's variances say how alike the second may take assignments to be."""
     columns = {index: j for j, index in enumerate(sorted({i for row in table for i in row}))}
     seen = np.zeros((len(table), len(columns)))
     values = np.zeros_like(seen)
@@ -107,18 +102,41 @@ def _fit(table: list[dict[int, float]]) -> _Fit:
         for index, value in row.items():
             seen[i, columns[index]] = 1.0
             values[i, columns[index]] = value
+    first, noise = _fit_additive(seen, values, _LEAST_PRIOR)
+    alike = noise / max(float(first.means.var()), np.finfo(float).tiny)
+    return _fit_additive(seen, values, min(max(alike, _LEAST_PRIOR), 1.0))[0]
+
+
+def _fit_additive(
+    seen: NDArray[np.float64], values: NDArray[np.float64], prior: float
+) -> tuple[_Fit, float]:
+    """Two-way additive least squares, assignments drawn to their common mean.
+
+    The assignments are eliminated first, which leaves one small system C in the effects; the common
+    mean lives in the effects. The variance of a row mean given the effects is
+    ``noise * (1 / n + k' C^-1 k)`` with ``k`` the row's average of effects minus that of all.
+
+    Args:
+        seen: (num_assignments, num_sequences) 1 where there is a value, else 0.
+        values: The same shape, 0 where there is none.
+        prior: Variance of the noise over that of the assignments: each is drawn to the mean as if
+            by so many more sequences.
+
+    Returns:
+        The fit, and the variance of the noise.
+    """
     counts = seen.sum(1)
-    shrunk = seen / (counts + _PRIOR_SEQUENCES)[:, None]
-    system = np.diag(seen.sum(0)) - seen.T @ shrunk
-    effects = np.linalg.solve(system, values.sum(0) - shrunk.T @ values.sum(1))
+    drawn = seen / (counts + prior)[:, None]
+    system = np.diag(seen.sum(0)) - seen.T @ drawn
+    effects = np.linalg.solve(system, values.sum(0) - drawn.T @ values.sum(1))
     losses = (values.sum(1) - seen @ effects) / counts
     residuals = seen * (values - effects - losses[:, None])
-    freedom = seen.sum() - len(table) - len(columns) + 1
+    freedom = seen.sum() - len(seen) - seen.shape[1] + 1
     if freedom < 1:  # effects cannot be told from noise yet: the raw spread stands in
         raw = values[seen > 0]
-        variance = float(raw.var(ddof=1)) if len(raw) > 1 else 0.0
+        noise = float(raw.var(ddof=1)) if len(raw) > 1 else 0.0
     else:
-        variance = float((residuals**2).sum() / freedom)
-    contrast = seen / counts[:, None] - 1.0 / len(columns)
+        noise = float((residuals**2).sum() / freedom)
+    contrast = seen / counts[:, None] - 1.0 / seen.shape[1]
     spread = (contrast * np.linalg.solve(system, contrast.T).T).sum(1)
-    return _Fit(losses + float(effects.mean()), np.sqrt(variance * (1.0 / counts + spread)))
+    return _Fit(losses + float(effects.mean()), np.sqrt(noise * (1.0 / counts + spread))), noise

@@ -58,6 +58,7 @@ class TPEOptions:
             raise ValueError("startup trials and the remeasuring interval must not be negative")
 
 
+_MOST_REPEATS = 50  # proposals in a row that were all asked before: the sampler has converged
 _DEFAULTS = TPEOptions()
 
 
@@ -84,13 +85,15 @@ class TPE:
         self._asked: set[Proposal] = set()
         self._starts = list(dict.fromkeys(setting.starts))
         self._num_asks = 0
+        self._num_repeats = 0
         self._num_windows = -(-setting.num_sequences // setting.batch_sequences)
 
     def ask(self, count: int, pending: Collection[Assignment]) -> list[Proposal]:
-        """``count`` proposals; only the starts where there is nothing to multiply."""
+        """``count`` proposals; fewer where nothing is left to multiply or all is decoded again."""
         proposals: list[Proposal] = []
-        while len(proposals) < count and (self._starts or self._space.factors):
+        while len(proposals) < count and self._has_more():
             proposal = self._propose_start() or self._propose_again() or self._propose_new()
+            self._num_repeats = self._num_repeats + 1 if proposal in self._asked else 0
             self._asked.add(proposal)
             self._num_asks += 1
             proposals.append(proposal)
@@ -116,6 +119,11 @@ class TPE:
     def best(self) -> Assignment | None:
         """The least loss after removing the sequences' difficulty."""
         return self._ledger.best()
+
+    def _has_more(self) -> bool:
+        if self._starts:
+            return True
+        return bool(self._space.factors) and self._num_repeats < _MOST_REPEATS
 
     def _propose_start(self) -> Proposal | None:
         if not self._starts:

@@ -32,7 +32,7 @@ class DynamicProgram:
     """
 
     name: ClassVar[str] = "dynamic"
-    most_states: int = 200_000
+    most_states: int = 50_000
 
     def __post_init__(self) -> None:
         if self.most_states < 1:
@@ -105,6 +105,9 @@ class Oracle:
             losses: For each unit a float64 (num_options,) array in the order of its menu, or one
                 (num_units, num_options) array where all menus are equally long; finite.
             budget_bytes: Most bytes the assignment may use.
+
+        Raises:
+            ValueError: Not one finite loss per option.
         """
         arranged = self.table.arrange(losses)
         return self.solve_along(hull_path(self.table.weights, arranged), arranged, budget_bytes)

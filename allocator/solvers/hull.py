@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,9 @@ from allocator.problem import Costs, Losses, Solution, Status
 from search_spaces.space import Assignment
 
 Indices = NDArray[np.intp]
+_Number = TypeVar("_Number", np.int64, np.float64)
+
+_BLOCK_ROWS = 4096  # units wrapped at once: what stays in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class MenuTable:
         weights: (num_units, num_columns) bytes above the unit's cheapest option, in quanta.
         options: (num_units, num_columns) the option index that each column stands for.
         gather: (num_units, num_columns) where each column's loss lies in the concatenated losses.
+        num_options: Options of all units together.
         least_bytes: Bytes of the cheapest assignment.
         quantum_bytes: Greatest common divisor of all byte differences: whatever the budget, only
             whole quanta of it can be used, which tightens the relaxation at no loss.
@@ -42,6 +47,7 @@ class MenuTable:
     weights: Costs
     options: Indices
     gather: Indices
+    num_options: int
     least_bytes: int
     quantum_bytes: int
 
@@ -56,23 +62,36 @@ class MenuTable:
         starts = np.cumsum(sizes) - sizes
         columns = np.arange(int(sizes.max()))
         options = np.where(columns < sizes[:, None], columns, 0)
-        padded = np.concatenate(bytes_)[starts[:, None] + options]
+        padded = _flat(bytes_)[starts[:, None] + options]
         order = np.argsort(padded, axis=1, kind="stable")
         options = np.take_along_axis(options, order, axis=1)
         padded = np.take_along_axis(padded, order, axis=1)
         above = padded - padded[:, :1]
         quantum = int(np.gcd.reduce(above, axis=None)) or 1
         gather = starts[:, None] + options
-        return cls(above // quantum, options, gather, int(padded[:, 0].sum()), quantum)
+        least, num_options = int(padded[:, 0].sum()), int(sizes.sum())
+        return cls(above // quantum, options, gather, num_options, least, quantum)
 
     def arrange(self, losses: Sequence[Losses] | Losses) -> Losses:
-        """Losses by unit and option -> (num_units, num_columns) in the table's order."""
-        arranged: Losses = np.concatenate(losses)[self.gather]
-        return arranged
+        """Losses by unit and option -> (num_units, num_columns) in the table's order.
+
+        Raises:
+            ValueError: Not one finite loss per option.
+        """
+        flat = _flat(losses)
+        if len(losses) != len(self.gather) or len(flat) != self.num_options:
+            raise ValueError(
+                f"expected {self.num_options} losses of {len(self.gather)} units, "
+                f"got {len(flat)} of {len(losses)}"
+            )
+        if not np.isfinite(flat).all():
+            raise ValueError("losses must be finite")
+        return flat[self.gather]
 
     def capacity(self, budget_bytes: int) -> int:
-        """Quanta that may be spent above the cheapest assignment; negative when infeasible."""
-        return (budget_bytes - self.least_bytes) // self.quantum_bytes
+        """Quanta that can be spent above the cheapest assignment; negative when infeasible."""
+        most = int(self.weights[:, -1].sum())
+        return min(most, (budget_bytes - self.least_bytes) // self.quantum_bytes)
 
     def assignment(self, columns: Indices) -> Assignment:
         """(num_units,) columns -> option indices."""
@@ -103,6 +122,11 @@ class MenuTable:
         )
 
 
+def _flat(rows: Sequence[NDArray[_Number]] | NDArray[_Number]) -> NDArray[_Number]:
+    """All rows one after the other; a matrix at no cost."""
+    return rows.ravel() if isinstance(rows, np.ndarray) else np.concatenate(rows)
+
+
 @dataclass(frozen=True)
 class HullPath:
     """The convex-hull steps of all units, steepest first.
@@ -129,41 +153,55 @@ class HullPath:
 
 
 def hull_path(weights: Costs, losses: Losses) -> HullPath:
-    """Wrap every unit's lower convex hull at once, one hull point per round.
+    """All units' lower convex hulls, merged.
 
     Args:
         weights: (num_units, num_columns) ascending from 0.
         losses: (num_units, num_columns) in the same order.
     """
     start = np.where(weights == 0, losses, np.inf).argmin(axis=1)
-    rows = np.arange(len(start))
-    here, steepest = start, np.full(len(start), np.inf)
-    units, columns, slopes, widths = [rows[:0]], [rows[:0]], [steepest[:0]], [weights[:0, 0]]
-    while len(rows):
-        index = np.arange(len(rows))
-        width = weights - weights[index, here, None]
-        saving = losses[index, here, None] - losses
-        slope = np.zeros_like(losses)
-        np.divide(saving, width, out=slope, where=(width > 0) & (saving > 0))
+    pieces = []
+    for begin in range(0, len(start), _BLOCK_ROWS):
+        block = slice(begin, begin + _BLOCK_ROWS)
+        pieces += _wrap(weights[block], losses[block], start[block], begin)
+    units, columns, slopes, widths = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+    order = np.argsort(-slopes, kind="stable")  # equal steps of one unit stay in order
+    spent = np.cumsum(widths[order].astype(np.int64))
+    return HullPath(start, units[order], columns[order], slopes[order], spent)
+
+
+def _wrap(
+    weights: Costs, losses: Losses, here: Indices, first_unit: int
+) -> list[tuple[Indices, Indices, Losses, Losses]]:
+    """Wrap the hulls of a block of units at once, one hull point of each per round.
+
+    Args:
+        weights: (num_rows, num_columns) ascending from 0.
+        losses: (num_rows, num_columns) in the same order.
+        here: (num_rows,) where the hulls begin.
+        first_unit: Number of the block's first unit.
+
+    Returns:
+        For each round the units, the columns stepped to, slopes and widths of the steps.
+    """
+    quanta = weights.astype(np.float64)
+    units, steepest = first_unit + np.arange(len(here)), np.full(len(here), np.inf)
+    rounds = []
+    first = 0  # columns before it lie behind every hull point reached, and have been cut off
+    while len(units):
+        index = np.arange(len(units))
+        width = quanta - quanta[index, here, None]
+        # Nothing at or behind a hull point has less loss, so whatever saves is ahead.
+        slope = (losses[index, here, None] - losses) / np.maximum(width, 1.0)
         there = slope.argmax(axis=1)  # the first of equals: collinear points stay on the path
         steep = np.minimum(slope[index, there], steepest)  # rounding must not reorder a hull
-        going = np.flatnonzero(steep > 0)
-        rows, here, steepest = rows[going], there[going], steep[going]
-        units.append(rows)
-        columns.append(here)
-        slopes.append(steepest)
-        widths.append(width[going, here])
-        weights, losses = weights[going], losses[going]
-    all_slopes = np.concatenate(slopes)
-    order = np.argsort(-all_slopes, kind="stable")  # equal steps of one unit stay in order
-    spent = np.cumsum(np.concatenate(widths)[order])
-    return HullPath(
-        start,
-        np.concatenate(units)[order],
-        np.concatenate(columns)[order],
-        all_slopes[order],
-        spent,
-    )
+        step = width[index, there]
+        going = np.flatnonzero((steep > 0) & (step > 0))
+        units, there, steepest = units[going], there[going], steep[going]
+        rounds.append((units, there + first, steepest, step[going]))
+        quanta, losses = quanta[going, 1:], losses[going, 1:]
+        here, first = there - 1, first + 1
+    return rounds
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class MixedInteger:
                 integrality=np.ones(len(model.losses), dtype=np.int64),
                 bounds=Bounds(0, 1),
                 constraints=model.constraints(cuts),
-                options=self._options(time.monotonic() - started),
+                options={"mip_rel_gap": self.relative_gap, "time_limit": self._left_s(started)},
             )
             if result.status == 2:
                 return infeasible()
@@ -92,12 +92,10 @@ class MixedInteger:
             f"HiGHS proposed {_MOST_CUTS} assignments that break a limit by less than its tolerance"
         )
 
-    def _options(self, elapsed_s: float) -> dict[str, Any]:
-        """Options of one call; the time limit is for all calls together."""
-        options: dict[str, Any] = {"mip_rel_gap": self.relative_gap}
-        if self.time_limit_s is not None:
-            options["time_limit"] = max(0.0, self.time_limit_s - elapsed_s)
-        return options
+    def _left_s(self, started: float) -> float:
+        """Seconds left; the limit is for all calls of HiGHS together."""
+        limit = np.inf if self.time_limit_s is None else self.time_limit_s
+        return max(0.0, limit - (time.monotonic() - started))
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ class _Model:
     def constraints(self, cuts: Sequence[NDArray[np.intp]]) -> list[LinearConstraint]:
         """One option per group, the limits, and the forbidden assignments."""
         num_variables, num_groups = len(self.losses), len(self.begins) - 1
-        pick_one = sparse.csr_array(
+        pick_one = sparse.csr_matrix(
             (np.ones(num_variables), np.arange(num_variables), self.begins),
             shape=(num_groups, num_variables),
         )
@@ -158,7 +156,7 @@ class _Model:
             uppers.append(num_groups - 1.0)
         return [
             LinearConstraint(pick_one, 1, 1),
-            LinearConstraint(sparse.csr_array(np.stack(rows)), -np.inf, np.array(uppers)),
+            LinearConstraint(sparse.csr_matrix(np.stack(rows)), -np.inf, np.array(uppers)),
         ]
 
     def picked(self, values: _Array) -> NDArray[np.intp]:

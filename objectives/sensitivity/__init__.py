@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from objectives.sensitivity.base import LossTable, Scorer, ScoringContext
+from objectives.sensitivity.base import Scorer, ScoringContext
 from objectives.sensitivity.fisher import Fisher
 from objectives.sensitivity.reconstruction import Reconstruction
 from objectives.sensitivity.relative_error import RelativeError
+from objectives.sensitivity.table import LossTable
 from search_spaces.registry import Registry
 
 __all__ = ["SCORERS", "LossTable", "Scorer", "ScoringContext"]

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from objectives.bank import Bank
@@ -60,21 +58,6 @@ class Scorer(Protocol):
     def cell(self, context: ScoringContext, unit: int, option: int) -> float:
         """The loss of one option of one unit, zero for a lossless one."""
         ...
-
-
-@dataclass(frozen=True)
-class LossTable:
-    """Additive losses of every option of every unit.
-
-    Attributes:
-        scorer: Who made it.
-        unit: ``nats`` per token, or a unit of the scorer's own.
-        losses: For each unit a float64 (num_options,) array.
-    """
-
-    scorer: str
-    unit: str
-    losses: tuple[NDArray[np.float64], ...]
 
 
 def weighted_square(error: Tensor, weight: Tensor) -> float:

@@ -13,7 +13,7 @@ from objectives.sensitivity.base import ScoringContext, weighted_square
 
 
 class Reconstruction:
-    """Relative squared output error by the diagonal second moment, Wanda's and imatrix's weights."""
+    """Relative squared output error by the diagonal second moment (as Wanda and imatrix weigh)."""
 
     name: ClassVar[str] = "reconstruction"
     unit: ClassVar[str] = "relative_output_mse"

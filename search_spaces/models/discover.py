@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from search_spaces.models.families import Family, family_of
+from search_spaces.families import Family, family_of
 from search_spaces.space import Member, Unit
 from search_spaces.storage import ELEMENT_BYTES, StoredTensor
 

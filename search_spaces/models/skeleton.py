@@ -15,11 +15,14 @@ def skeleton(model_id_or_folder: str | Path) -> nn.Module:
             repository ships is never run.
 
     Raises:
-        ValueError: There is no such configuration, or it is not a causal language model's.
+        ValueError: No such folder or configuration, or not a causal language model's.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     name = str(model_id_or_folder)
+    # What no hub id can be is a path; the hub's own words about it would mislead.
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise ValueError(f"no model folder {name!r}; give a hub id or a folder with a config.json")
     try:
         config = AutoConfig.from_pretrained(name)
         with device("meta"):

@@ -1,7 +1,7 @@
 """From a parameter as the model holds it to logical matrices, and back.
 
-The problem: the same projection is (rows, columns) in a Linear, (columns, rows) in GPT-2's Conv1D and
-a stack of either for fused experts. Operators see one (rows, columns) matrix at a time.
+The problem: the same projection is (rows, columns) in a Linear, (columns, rows) in GPT-2's Conv1D
+and a stack of either for fused experts. Operators see one (rows, columns) matrix at a time.
 """
 
 from __future__ import annotations

@@ -16,10 +16,10 @@ from allocator.plan import (
     PlanMember,
     PlanUnit,
 )
-from search_spaces.models import discover
+from search_spaces.models.discover import discover
 from search_spaces.operators import Keep, Operator, RoundToNearest, operator_to_json
 from search_spaces.space import Unit
-from search_spaces.storage import safetensors_bytes
+from search_spaces.storage import StoredTensor, safetensors_bytes
 from search_spaces.ties import tie_units
 
 IDENTITY = ModelIdentity(
@@ -36,13 +36,24 @@ def make_plan(
     open_units: Collection[str] = (),
     dense_dtype: str = "BF16",
     identity: ModelIdentity = IDENTITY,
+    exclude: Collection[str] = (),
 ) -> Plan:
-    """A plan that gives each unit of a model the operator that ``choose`` says."""
+    """A plan that gives each unit of a model the operator that ``choose`` says.
+
+    Units named in ``exclude`` are fixed, as are all tensors that are no unit.
+    """
     found = discover(model, open_units=open_units, dense_dtype=dense_dtype)
-    units = tie_units(found.units, ties)
+    units = tuple(u for u in tie_units(found.units, ties) if u.name not in exclude)
+    parameters = dict(model.named_parameters())
+    fixed = found.fixed + tuple(
+        StoredTensor(member.name, dense_dtype, tuple(parameters[member.name].shape))
+        for unit in tie_units(found.units, ties)
+        if unit.name in exclude
+        for member in unit.members
+    )
     operators = [choose(unit) for unit in units]
     searched_bytes = sum(u.bytes(o) for u, o in zip(units, operators, strict=True))
-    stored = [*found.fixed]
+    stored = [*fixed]
     for unit, operator in zip(units, operators, strict=True):
         stored += unit.layout(operator)
     achieved_bytes = safetensors_bytes(stored, CONTAINER_METADATA)
@@ -58,7 +69,7 @@ def make_plan(
         searched_budget_bytes=searched_bytes + SLACK_BYTES,
         searched_bytes=searched_bytes,
         bits_per_weight=8 * searched_bytes / num_weights,
-        dense_bytes=2 * num_weights + sum(tensor.bytes for tensor in found.fixed),
+        dense_bytes=2 * num_weights + sum(tensor.bytes for tensor in fixed),
         units=tuple(
             PlanUnit(
                 name=unit.name,
@@ -78,7 +89,7 @@ def make_plan(
             )
             for unit, operator in zip(units, operators, strict=True)
         ),
-        fixed=tuple(FixedTensor(name=t.name, dtype=t.dtype, shape=t.shape) for t in found.fixed),
+        fixed=tuple(FixedTensor(name=t.name, dtype=t.dtype, shape=t.shape) for t in fixed),
         returned="dp",
         scorer="test",
         predicted_nats=0.5,

@@ -144,9 +144,10 @@ def note(path, text):
 
 
 def first_time(marker):
-    """Whether this is the first call for this marker, in any process."""
+    """Whether this is the first call for this marker, in any process; notes which."""
     try:
-        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+        with marker.open("x") as file:
+            file.write(str(os.getpid()))
     except FileExistsError:
         return False
     return True

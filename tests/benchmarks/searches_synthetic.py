@@ -51,7 +51,7 @@ def main() -> None:
     options = parser.parse_args()
     kinds = {"windows": 32, "whole split": 8}
     print(f"{options.batches} minibatches, window {options.window}; loss relative to the DP plan")
-    print(f"{'split':12} {'search':14} {'mean':>7} {'+-95%':>7} {'worst':>7} {'evals':>6} {'s/run':>6}")
+    print("split        search            mean   +-95%   worst  evals  s/run")
     for split, num_sequences in kinds.items():
         animals = [
             make_animal(100 + problem, 8, num_sequences=num_sequences)

@@ -9,8 +9,8 @@ import torch
 from tiny_models import FAMILIES, matrix, tiny
 from torch import nn
 
+from search_spaces.families import FAMILIES as FAMILY_TABLE
 from search_spaces.models import discover, skeleton
-from search_spaces.models.families import FAMILIES as FAMILY_TABLE
 from search_spaces.storage import StoredTensor
 
 every_family = pytest.mark.parametrize("model_type", FAMILIES)
@@ -206,3 +206,8 @@ def test_skeleton_of_nothing_is_one_sentence(config, tmp_path):
     with pytest.raises(ValueError, match="cannot build a causal language model from") as caught:
         skeleton(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_skeleton_of_a_missing_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"no model folder .*nowhere"):
+        skeleton(tmp_path / "nowhere")

@@ -116,9 +116,7 @@ def test_json_refuses_unknown_and_mistyped_parameters(operator):
             operator_from_json({**data, field.name: [1]})
 
 
-@pytest.mark.parametrize(
-    "operator", [c for c in CASES if getattr(c, "bits", 8) < 8], ids=case_id
-)
+@pytest.mark.parametrize("operator", [c for c in CASES if getattr(c, "bits", 8) < 8], ids=case_id)
 def test_more_bits_cost_more_and_never_err_more(operator):
     generator = torch.Generator().manual_seed(5)
     matrix = torch.randn(48, 200, generator=generator)

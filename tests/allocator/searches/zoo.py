@@ -134,7 +134,8 @@ def make_animal(
     animal = replace(animal, setting=replace(animal.setting, problem=problem))
     if not broken:
         return animal
-    unit = next(u for u, level in enumerate(dp) if level and len(costs[u]) > 1)
+    # Near the DP plan and of a large kind, so that every search runs into it.
+    unit = next(u for u, level in enumerate(dp) if level and kinds[u] == "down")
     return replace(animal, broken=(unit, dp[unit] - 1))
 
 
@@ -146,11 +147,12 @@ def _uniform(problem: Problem) -> Assignment:
     return [plan for plan in plans if problem.total_bytes(plan) <= problem.budget_bytes][-1]
 
 
+# Seeds whose table is wrong enough that at least 15 % can be gained (see test_zoo.py).
 _MAKERS: dict[str, Callable[[], Animal]] = {
-    "plain": lambda: make_animal(1, 8),
-    "ragged": lambda: make_animal(2, 11, ragged=True),
-    "broken": lambda: make_animal(3, 6, broken=True),
-    "whole": lambda: make_animal(4, 8, num_sequences=8),
+    "plain": lambda: make_animal(4, 8),
+    "ragged": lambda: make_animal(6, 11, ragged=True),
+    "broken": lambda: make_animal(2, 6, broken=True),
+    "whole": lambda: make_animal(2, 8, num_sequences=8),
 }
 ZOO = sorted(_MAKERS)
 

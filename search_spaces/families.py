@@ -1,6 +1,6 @@
 """What must be known about an architecture that the generic walk cannot see. Data only, no torch.
 
-The walk in ``discover`` finds every matrix by itself. What is left to say about a family is which
+The walk in ``models`` finds every matrix by itself. What is left to say about a family is which
 of its projections read the same input, so that a serving runtime may run them as one fused kernel,
 and how its fused experts lie in memory. Adding a family is adding an entry here.
 """

@@ -1,0 +1,53 @@
+# Two commands do everything on a fresh machine: make run, make test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One core each: these programs bring their own parallelism, and OpenMP threads spin.
+export RAY_USAGE_STATS_ENABLED := 0
+
+RUN_MODEL := smollm2-135m
+RUN_BUDGET := 3.25bpw
+
+.PHONY: run test lint test-slow test-embedded test-all bench-solvers bench-searches schema clean
+
+run: $(STAMP)
+	$(BIN)/allocator search $(RUN_MODEL) --space bits --budget $(RUN_BUDGET) --time 4m \
+	  --name demo-$$(date +%Y%m%d-%H%M%S)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+test-embedded: $(STAMP)
+	$(BIN)/python -m pytest -m embedded
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m ""
+
+bench-solvers: $(STAMP)
+	$(BIN)/python tests/benchmarks/solvers.py
+
+bench-searches: $(STAMP)
+	$(BIN)/python tests/benchmarks/searches_synthetic.py
+
+schema: $(STAMP)
+	$(BIN)/allocator show --schema > allocator/plan.schema.json
+
+$(STAMP): pyproject.toml requirements/constraints.txt requirements/embedded.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt --editable '.[dev,gguf,torchao]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/embedded.txt
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

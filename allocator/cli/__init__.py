@@ -1,0 +1,55 @@
+"""The command ``allocator``: verbs over runs and plans.
+
+The problem this package solves: a user's mistake costs one clear sentence and exit code 2, never a
+traceback and never a finished measurement.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+
+from allocator.cli.listing import list_kinds
+from allocator.cli.plans import apply, evaluate, export, show
+from allocator.cli.runs import report, resume, search, solve
+from allocator.cli.terminal import errors
+
+app = typer.Typer(
+    name="allocator",
+    help="Find the allocation of bits that loses least under an exact byte budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (search, resume, solve, report, show, evaluate, export, apply):
+    app.command()(command)
+app.command("list")(list_kinds)
+
+
+def main() -> None:
+    """Run the command line; user errors end with one sentence and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app()
+    except KeyboardInterrupt:
+        errors.print("interrupted: nothing measured is lost, 'allocator resume' continues the run")
+        sys.exit(130)
+    except ValueError as error:
+        errors.print(f"error: {one_sentence(error)}", markup=False, highlight=False)
+        sys.exit(2)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        errors.print(
+            f"error: cannot read or write{where}: {error.strerror or error}; "
+            "what was measured is in the journal",
+            markup=False,
+            highlight=False,
+        )
+        sys.exit(2)
+
+
+def one_sentence(error: Exception) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split())

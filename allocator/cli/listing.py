@@ -1,0 +1,78 @@
+"""``allocator list KIND``: what there is, one line each."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from allocator.cli.terminal import console, print_json
+from allocator.executors import EXECUTORS
+from allocator.exporters import EXPORTERS
+from allocator.searches import SEARCHES
+from allocator.solvers import SOLVERS
+from objectives.sensitivity import SCORERS
+from search_spaces.operators import OPERATORS
+from search_spaces.presets import PRESETS
+from search_spaces.registry import Registry, unknown_name
+from search_spaces.ties import TIES
+
+
+def _documented(registry: Registry[Any]) -> list[dict[str, Any]]:
+    """Names with the first sentence of their documentation."""
+    return [{"name": name, "summary": _first_line(registry[name])} for name in registry]
+
+
+def _first_line(entry: object) -> str:
+    text = inspect.getdoc(entry) or ""
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def _spaces() -> list[dict[str, Any]]:
+    rows = []
+    for name in PRESETS:
+        least, most = PRESETS[name].bits_per_weight
+        rows.append(
+            {
+                "name": name,
+                "summary": PRESETS[name].summary,
+                "bits_per_weight": f"{least:.3g} to {most:.3g}",
+            }
+        )
+    return rows
+
+
+def _ties() -> list[dict[str, Any]]:
+    return [{"name": name, "summary": TIES[name].summary} for name in TIES]
+
+
+_KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "executors": lambda: _documented(EXECUTORS),
+    "exporters": lambda: _documented(EXPORTERS),
+    "operators": lambda: _documented(OPERATORS),
+    "scorers": lambda: _documented(SCORERS),
+    "searches": lambda: _documented(SEARCHES),
+    "solvers": lambda: _documented(SOLVERS),
+    "spaces": _spaces,
+    "ties": _ties,
+}
+
+
+def list_kinds(
+    kind: Annotated[str, typer.Argument(help=", ".join(_KINDS))],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """List spaces, operators, scorers, solvers, searches, executors, exporters or ties."""
+    if kind not in _KINDS:
+        raise ValueError(unknown_name("kind", kind, list(_KINDS)))
+    rows = _KINDS[kind]()
+    if as_json:
+        print_json(rows)
+        return
+    table = Table(*(key.replace("_", " ") for key in rows[0]))
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)

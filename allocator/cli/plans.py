@@ -1,0 +1,174 @@
+"""Verbs on plans: show, evaluate, export, apply."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from allocator.cli.terminal import console, format_bytes, print_json, reporting
+from allocator.exporters import EXPORTERS
+from allocator.plan import Plan, load_plan, plan_json_schema
+
+PlanPath = Annotated[Path, typer.Argument(help="plan.json, or the folder of a run.")]
+ModelName = Annotated[str, typer.Argument(help="The plan's model: hub id, folder or embedded.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def show(
+    plan: Annotated[Path | None, typer.Argument(help="plan.json or the folder of a run.")] = None,
+    schema: Annotated[bool, typer.Option(help="Print the JSON Schema of plans instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a plan says: bytes, proof, and bits per weight by depth and projection."""
+    if schema:
+        print_json(plan_json_schema())
+        return
+    if plan is None:
+        raise ValueError("expected a plan or --schema: allocator show runs/NAME/plan.json")
+    loaded = load_plan(_plan_file(plan))
+    if as_json:
+        print_json(loaded.model_dump(mode="json"))
+        return
+    _print_facts(loaded)
+    console.print(_grid(loaded))
+
+
+def evaluate(
+    model: ModelName,
+    plan: PlanPath,
+    text: Annotated[str, typer.Option(help="Text to measure on.")] = "wiki-summaries",
+    num_sequences: Annotated[int, typer.Option(help="Sequences to measure.")] = 32,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
+    seed: Annotated[int, typer.Option(help="Orders the documents.")] = 0,
+    threads: Annotated[int, typer.Option(help="Torch threads; 0: all cores.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure a plan on a text: KL to the dense model, cross-entropy, perplexity."""
+    from allocator.measure_plan import measure_plan
+    from objectives.calibration import CalibrationRequest
+
+    loaded = load_plan(_plan_file(plan))
+    request = CalibrationRequest(
+        text,
+        sequence_length=sequence_length,
+        num_statistics=1,
+        num_search=1,
+        num_guard=1,
+        num_heldout=num_sequences,
+        seed=seed,
+    )
+    with reporting(quiet=as_json) as reporter:
+        measured = measure_plan(
+            model,
+            loaded,
+            request=request,
+            threads=threads,
+            reporter=reporter,
+        )
+    if as_json:
+        print_json({name: entry.model_dump(mode="json") for name, entry in measured.items()})
+        return
+    table = Table("model", "KL nats", "cross-entropy", "perplexity", "tokens")
+    for name, entry in measured.items():
+        table.add_row(
+            name,
+            f"{entry.nats:.4f} ± {entry.standard_error_nats:.4f}",
+            f"{entry.cross_entropy_nats:.4f}",
+            f"{entry.perplexity:.3f}",
+            f"{entry.num_tokens:,}",
+        )
+    console.print(table)
+
+
+def export(
+    plan: PlanPath,
+    to: Annotated[str, typer.Option(help="See 'allocator list exporters'.")],
+    output: Annotated[Path, typer.Option("-o", help="Folder to write into.")],
+    as_json: Json = False,
+) -> None:
+    """Write a plan in a toolkit's own format, read it back and compare."""
+    loaded = load_plan(_plan_file(plan))
+    exporter = EXPORTERS[to]()
+    receipt = exporter.write(loaded, output)
+    mismatches = exporter.verify(loaded, receipt.files[0])
+    if mismatches:
+        first = mismatches[0]
+        raise ValueError(
+            f"{to} would not execute the plan: {len(mismatches)} differences, the first for "
+            f"{first.unit}: expected {first.expected}, got {first.got}"
+        )
+    if as_json:
+        files = [str(path) for path in receipt.files]
+        print_json({"files": files, "num_units": receipt.num_units, "notes": list(receipt.notes)})
+        return
+    for path in receipt.files:
+        console.print(str(path), markup=False, soft_wrap=True)
+    for note in receipt.notes:
+        console.print(f"note: {note}", markup=False)
+    console.print(f"{receipt.num_units} units written, read back and equal to the plan")
+
+
+def apply(
+    model: ModelName,
+    plan: PlanPath,
+    output: Annotated[Path, typer.Option("-o", help="New folder for the checkpoint.")],
+    packed: Annotated[
+        bool, typer.Option(help="One packed file of the plan's exact bytes instead.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="Of the checkpoint; auto: as measured.")] = "auto",
+) -> None:
+    """Write the compressed model: a checkpoint that transformers loads, or one packed file."""
+    from allocator.apply import write_checkpoint, write_packed
+    from objectives.loading import load_model
+
+    loaded_plan = load_plan(_plan_file(plan))
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
+    loaded = load_model(model, dtype=loaded_plan.dtype, device="cpu")
+    if packed:
+        output.mkdir(parents=True, exist_ok=True)
+        path = output / "model.packed.safetensors"
+        write_packed(loaded.model, loaded_plan, path)
+        console.print(f"{path}: {path.stat().st_size:,} bytes", markup=False, soft_wrap=True)
+        return
+    kept: Any = None if dtype == "auto" else dtype
+    write_checkpoint(loaded, loaded_plan, output, dtype=kept)
+    console.print(str(output), markup=False, soft_wrap=True)
+
+
+def _plan_file(path: Path) -> Path:
+    """A plan by its own path or by its run's folder."""
+    return path / "plan.json" if path.is_dir() else path
+
+
+def _print_facts(plan: Plan) -> None:
+    facts = Table(show_header=False, box=None)
+    facts.add_row("model", f"{plan.model.name} ({plan.model.architecture})")
+    facts.add_row("space", f"{plan.space}, ties: {plan.ties}")
+    facts.add_row("budget", f"{plan.budget_text} = {plan.budget_bytes:,} bytes")
+    facts.add_row("stored", f"{plan.achieved_bytes:,} bytes ({format_bytes(plan.achieved_bytes)})")
+    facts.add_row("slack", f"{plan.slack_bytes:,} bytes")
+    facts.add_row("bits per weight", f"{plan.bits_per_weight:.4f}")
+    facts.add_row("returned", f"{plan.returned}; {plan.solver_status}")
+    for name, entry in plan.heldout_nats.items():
+        facts.add_row(
+            f"held-out {name}", f"{entry.nats:.4f} ± {entry.standard_error_nats:.4f} nats per token"
+        )
+    console.print(facts)
+
+
+def _grid(plan: Plan) -> Table:
+    """Option labels by depth and projection."""
+    kinds = list(dict.fromkeys(entry.kind for entry in plan.units))
+    rows: dict[int | None, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for entry in plan.units:
+        rows[entry.depth][entry.kind].append(entry.choice.label)
+    table = Table("block", *kinds)
+    for depth, cells in rows.items():
+        labels = (" ".join(sorted(set(cells[kind]))) for kind in kinds)
+        table.add_row("-" if depth is None else str(depth), *labels)
+    return table

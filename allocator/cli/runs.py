@@ -1,0 +1,296 @@
+"""Verbs on runs: search, resume, solve, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.table import Table
+
+from allocator.budget import parse_budgets, resolve_budget
+from allocator.cli.terminal import console, format_bytes, parse_duration, print_json, reporting
+from allocator.config import RunConfig
+from allocator.executors import EXECUTORS
+from allocator.pipeline import additive_problem
+from allocator.plan import load_plan, save_plan
+from allocator.plan_build import PlanFacts, solved_plan
+from allocator.run_folder import existing_run, load_losses, load_space, run_folder
+from allocator.runner import Finished, default_name, resume_run, start_run
+from allocator.searches import SEARCHES
+from allocator.solvers import SOLVERS
+from objectives.sensitivity import SCORERS
+
+Runs = Annotated[Path, typer.Option(help="Folder that holds the runs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines; no progress.")]
+_RUNS = Path("runs")
+
+
+def search(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder or embedded model.")],
+    budget: Annotated[str, typer.Option(help="90MB, 2.5GiB, 3.25bpw, 40%; several with commas.")],
+    space: Annotated[str, typer.Option(help="Preset or YAML file.")] = "bits",
+    ties: Annotated[str, typer.Option(help="Runtime whose fused kernels tie units.")] = "none",
+    pin: Annotated[list[str], typer.Option(help="GLOB=LABEL, e.g. '*.o_proj=int8-g64'.")] = [],
+    exclude: Annotated[list[str], typer.Option(help="Glob of units to leave dense.")] = [],
+    open_units: Annotated[
+        list[str], typer.Option("--open", help="Search the embeddings or the head too.")
+    ] = [],
+    bar_keep: Annotated[bool, typer.Option(help="Offer no dense option.")] = False,
+    text: Annotated[str, typer.Option(help="datasets id, .txt, .jsonl, .parquet or embedded.")] = (
+        "wiki-summaries"
+    ),
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
+    num_statistics: Annotated[int, typer.Option(help="Sequences for statistics.")] = 64,
+    num_search: Annotated[int, typer.Option(help="Sequences the search measures on.")] = 64,
+    num_guard: Annotated[int, typer.Option(help="Sequences that choose what is returned.")] = 32,
+    num_heldout: Annotated[int, typer.Option(help="Sequences that only report.")] = 64,
+    data_seed: Annotated[int, typer.Option(help="Orders the documents.")] = 0,
+    objective: Annotated[str, typer.Option(help="kl or cross_entropy.")] = "kl",
+    top_k: Annotated[int, typer.Option(help="Outcomes the teacher keeps; 0: all.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 4,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Annotated[int, typer.Option(help="Torch threads a process; 0: share the cores.")] = 0,
+    method: Annotated[
+        str, typer.Option("--search", help="See 'allocator list searches'.")
+    ] = "model_guided",
+    scorer: Annotated[str, typer.Option(help="Loss table that the search starts from.")] = "fisher",
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    window: Annotated[int, typer.Option(help="Proposals under way at once.")] = 4,
+    batch: Annotated[int, typer.Option(help="Sequences per evaluation.")] = 8,
+    trials: Annotated[int | None, typer.Option(help="Most evaluations (150 if no cap).")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Most forward tokens.")] = None,
+    time: Annotated[str | None, typer.Option(help="Longest search, such as 5m.")] = None,
+    executor: Annotated[str, typer.Option(help="in-process or ray.")] = "in-process",
+    workers: Annotated[int, typer.Option(help="Ray workers; at most half the window.")] = 1,
+    address: Annotated[str | None, typer.Option(help="Of a running Ray cluster.")] = None,
+    gpus_per_worker: Annotated[float, typer.Option(help="GPUs Ray reserves per worker.")] = 0.0,
+    runs: Runs = _RUNS,
+    name: Annotated[str | None, typer.Option(help="Of the run; else model and budget.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Search the best allocation of a model within a byte budget."""
+    budgets = parse_budgets(budget)
+    no_cap = trials is None and tokens is None and time is None
+    data: dict[str, Any] = {
+        "model": model,
+        "budget": budgets[0],
+        "space": {
+            "space": space,
+            "ties": ties,
+            "pins": [_split_pin(text) for text in pin],
+            "exclude": exclude,
+            "open_units": open_units,
+            "bar_keep": bar_keep,
+        },
+        "data": {
+            "text": text,
+            "sequence_length": sequence_length,
+            "statistics": num_statistics,
+            "search": num_search,
+            "guard": num_guard,
+            "heldout": num_heldout,
+            "seed": data_seed,
+        },
+        "measure": {
+            "objective": objective,
+            "top_k": top_k,
+            "batch_size": batch_size,
+            "dtype": dtype,
+            "device": device,
+            "threads": threads,
+        },
+        "search": {
+            "name": method,
+            "scorer": scorer,
+            "seed": seed,
+            "window": window,
+            "batch": batch,
+        },
+        "caps": {
+            "trials": 150 if no_cap else trials,
+            "tokens": tokens,
+            "seconds": None if time is None else parse_duration(time),
+        },
+        "execution": {
+            "executor": executor,
+            "workers": workers,
+            "address": address,
+            "gpus_per_worker": gpus_per_worker,
+        },
+    }
+    config = _config(data)
+    base = name or default_name(model, "").rstrip("-")
+    many = len(budgets) > 1 or name is None
+    names = [f"{base}-{b.replace('%', 'pct')}" if many else base for b in budgets]
+    found = []
+    for word, one in zip(budgets, names, strict=True):
+        with reporting(quiet=as_json) as reporter:
+            folder = run_folder(runs, one)
+            run = start_run(config.model_copy(update={"budget": word}), folder, reporter)
+        found.append(run)
+        if not as_json:
+            print_finished(run)
+    if as_json:
+        print_json([summary(run) for run in found])
+
+
+def resume(
+    run: Annotated[str, typer.Argument(help="Run folder, or its name in the runs folder.")],
+    trials: Annotated[int | None, typer.Option(help="New cap of evaluations.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="New cap of forward tokens.")] = None,
+    time: Annotated[str | None, typer.Option(help="New time limit of the search.")] = None,
+    executor: Annotated[str | None, typer.Option(help="in-process or ray.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Ray workers.")] = None,
+    runs: Runs = _RUNS,
+    as_json: Json = False,
+) -> None:
+    """Continue a run after a crash, or with larger caps; nothing is measured twice."""
+    caps: dict[str, Any] = {"trials": trials, "tokens": tokens}
+    caps["seconds"] = None if time is None else parse_duration(time)
+    execution = {"executor": executor, "workers": workers}
+
+    def change(config: RunConfig) -> RunConfig:
+        data = config.model_dump()
+        data["caps"] |= {key: value for key, value in caps.items() if value is not None}
+        data["execution"] |= {key: value for key, value in execution.items() if value is not None}
+        return _config(data)
+
+    with reporting(quiet=as_json) as reporter:
+        finished = resume_run(existing_run(run, runs), reporter, change=change)
+    if as_json:
+        print_json(summary(finished))
+    else:
+        print_finished(finished)
+
+
+def solve(
+    run: Annotated[str, typer.Argument(help="Finished run folder or name.")],
+    budget: Annotated[str, typer.Option(help="One or several budgets, comma separated.")],
+    scorer: Annotated[str | None, typer.Option(help="Whose table; else the run's own.")] = None,
+    solver: Annotated[str, typer.Option(help="See 'allocator list solvers'.")] = "dynamic",
+    output: Annotated[Path | None, typer.Option("-o", help="Folder for the plans.")] = None,
+    runs: Runs = _RUNS,
+    as_json: Json = False,
+) -> None:
+    """Solve new budgets from a run's loss table, without the model and without measuring."""
+    folder = existing_run(run, runs)
+    space = load_space(folder.space)
+    tables = load_losses(folder.losses, space)
+    plan = load_plan(folder.plan)
+    name = scorer or plan.scorer
+    if name not in tables:
+        raise ValueError(f"the run has no table of {name!r}; it has {', '.join(tables)}")
+    facts = PlanFacts(plan.model, plan.calibration, plan.objective, plan.dtype)
+    destination = output or folder.path
+    destination.mkdir(parents=True, exist_ok=True)
+    table = Table("budget", "stored bytes", "bits/weight", f"predicted ({tables[name].unit})")
+    table.add_column("lower bound")
+    table.add_column("plan")
+    rows = []
+    for word in parse_budgets(budget):
+        resolved = resolve_budget(word, space)
+        solution = SOLVERS[solver]().solve(additive_problem(space, tables[name], resolved))
+        made = solved_plan(space, resolved, tables[name], solution, facts)
+        path = destination / f"plan-{name}-{word.replace('%', 'pct')}.json"
+        save_plan(made, path)
+        table.add_row(
+            word,
+            f"{made.achieved_bytes:,}",
+            f"{made.bits_per_weight:.4f}",
+            f"{made.predicted_nats:.5g}",
+            f"{made.lower_bound_nats:.5g}",
+            str(path),
+        )
+        rows.append({"plan": str(path), **made.model_dump(mode="json", exclude={"units", "fixed"})})
+    if as_json:
+        print_json(rows)
+    else:
+        console.print(table)
+
+
+def report(
+    run: Annotated[str, typer.Argument(help="Finished run folder or name.")],
+    runs: Runs = _RUNS,
+) -> None:
+    """Write a finished run's results and HTML report again from its journal, without the model."""
+    with reporting(quiet=True) as reporter:
+        finished = resume_run(existing_run(run, runs), reporter, offline=True)
+    console.print(str(finished.folder.report), markup=False)
+
+
+def print_finished(run: Finished) -> None:
+    """The table at the end of a run."""
+    plan = run.plan
+    table = Table(title=f"{plan.model.name} at {plan.budget_text}: {plan.returned} returned")
+    for column in ("candidate", "bits/weight", "search nats", "guard nats", "held-out nats"):
+        table.add_column(column)
+    table.add_column("perplexity")
+    table.add_column("returned - it, held-out")
+    for name, assignment in run.outcome.candidates.items():
+        difference = plan.heldout_differences_nats.get(f"returned - {name}")
+        heldout = plan.heldout_nats.get(name)
+        perplexity = heldout.perplexity if heldout else None
+        table.add_row(
+            f"[bold]{name}[/bold]" if name == plan.returned else name,
+            f"{run.space.bits_per_weight(run.space.bytes(assignment)):.4f}",
+            *(
+                f"{entry.nats:.4f} ± {entry.standard_error_nats:.4f}" if entry else "-"
+                for entry in (plan.search_nats.get(name), plan.guard_nats.get(name), heldout)
+            ),
+            f"{perplexity:.2f}" if perplexity is not None else "-",
+            f"{difference.nats:+.4f} ± {difference.standard_error_nats:.4f}" if difference else "-",
+        )
+    console.print(table)
+    console.print(
+        f"stored {plan.achieved_bytes:,} of {plan.budget_bytes:,} bytes "
+        f"({format_bytes(plan.achieved_bytes)}, slack {plan.slack_bytes:,}); "
+        f"additive optimum proved to {plan.gap_nats:.2g}",
+        markup=False,
+    )
+    for label, path in (("plan", run.folder.plan), ("report", run.folder.report)):
+        console.print(f"{label}: {path}", markup=False, soft_wrap=True)
+
+
+def summary(run: Finished) -> dict[str, Any]:
+    """A finished run for machines: the plan without its units."""
+    plan = run.plan.model_dump(mode="json", exclude={"units", "fixed"})
+    return {"folder": str(run.folder.path), "plan": str(run.folder.plan), **plan}
+
+
+def _config(data: dict[str, Any]) -> RunConfig:
+    """The validated configuration, its names checked before anything is loaded."""
+    try:
+        config = RunConfig.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = str(first["loc"][-1]).replace("_", "-")
+        raise ValueError(f"--{option}: {first['msg']}, got {first['input']!r}") from error
+    for table, word in (
+        (SEARCHES, config.search.name),
+        (SCORERS, config.search.scorer),
+        (EXECUTORS, config.execution.executor),
+    ):
+        table[word]
+    execution = config.execution
+    if execution.executor == "in-process" and execution.workers > 1:
+        raise ValueError(
+            f"the in-process executor is one worker, got --workers {execution.workers}; "
+            "add --executor ray"
+        )
+    if 2 * execution.workers > config.search.window and execution.workers > 1:
+        raise ValueError(
+            f"{execution.workers} workers need --window {2 * execution.workers} or more, "
+            f"got {config.search.window}: the window fixes the history, so it is yours to choose"
+        )
+    return config
+
+
+def _split_pin(text: str) -> tuple[str, str]:
+    """GLOB=LABEL as a pair."""
+    glob, separator, label = text.rpartition("=")
+    if not separator or not glob or not label:
+        raise ValueError(f"--pin expects GLOB=LABEL such as '*.o_proj=int8-g64', got {text!r}")
+    return glob, label

@@ -1,0 +1,107 @@
+"""What the terminal shows: progress with remaining time, tables, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from allocator.reporter import Advance, Reporter, Silent
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+_DURATION = re.compile(r"^(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?$")
+
+
+class RichReporter:
+    """Draws one progress bar per stage on the error stream, so that output can be piped."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: TaskID | None = None
+
+    def stage(self, label: str, total: int | None) -> Advance:
+        """Begin a stage; the one before is finished."""
+        self.finish()
+        task = self._progress.add_task(label, total=total, detail="")
+        self._task = task
+
+        def advance(done: int, text: str) -> None:
+            self._progress.update(task, completed=done, detail=text)
+
+        return advance
+
+    def note(self, text: str) -> None:
+        """Print a sentence above the bars."""
+        self._progress.console.print(f"note: {text}", markup=False)
+
+    def finish(self) -> None:
+        """Fill the bar of the stage that just ended, whose length may have been unknown."""
+        if self._task is not None:
+            task = next(t for t in self._progress.tasks if t.id == self._task)
+            done = max(task.completed, 1)
+            self._progress.update(self._task, total=done, completed=done)
+            self._progress.stop_task(self._task)
+
+
+@contextmanager
+def reporting(*, quiet: bool = False) -> Iterator[Reporter]:
+    """A reporter for one command; silent for machines."""
+    if quiet:
+        yield Silent()
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
+    with Progress(*columns, console=errors) as progress:
+        reporter = RichReporter(progress)
+        yield reporter
+        reporter.finish()
+
+
+def print_json(data: Mapping[str, Any] | list[Any]) -> None:
+    """Print data for machines."""
+    console.print_json(json.dumps(data, allow_nan=False))
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of ``90``, ``90s``, ``5m`` or ``1h30m``.
+
+    Raises:
+        ValueError: Not a duration, or zero.
+    """
+    match = _DURATION.match(text.strip())
+    hours, minutes, seconds = match.groups() if match else (None, None, None)
+    total = 3600 * int(hours or 0) + 60 * int(minutes or 0) + float(seconds or 0)
+    if match is None or total <= 0:
+        raise ValueError(f"{text!r} is not a duration: write 90, 90s, 5m or 1h30m")
+    return total
+
+
+def format_bytes(size: int) -> str:
+    """Bytes with a readable unit, exact below a kilobyte."""
+    for unit, step in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= step:
+            return f"{size / step:.2f} {unit}"
+    return f"{size} B"

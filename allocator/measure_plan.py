@@ -1,0 +1,61 @@
+"""Measure a plan on a text of the user's choice, beside the dense model."""
+
+from __future__ import annotations
+
+from allocator.apply import apply_plan, check_model
+from allocator.bench import load_model_for, resolve_threads
+from allocator.config import MeasureConfig
+from allocator.plan import Measured, Plan
+from allocator.plan_build import measure
+from allocator.reporter import Reporter
+from objectives.calibration import CalibrationRequest, build_calibration
+from objectives.evaluation import Evaluation, Fidelity, round_significant
+from objectives.language_task import LanguageTask
+from search_spaces.space import Assignment
+
+_SPLIT = "heldout"
+
+
+def measure_plan(
+    model: str,
+    plan: Plan,
+    *,
+    request: CalibrationRequest,
+    threads: int,
+    reporter: Reporter,
+) -> dict[str, Measured]:
+    """Losses of the dense model and of the plan on the request's held-out sequences.
+
+    Raises:
+        ValueError: The model is not the plan's, or the text is too short.
+    """
+    config = MeasureConfig(dtype=plan.dtype, threads=threads)  # type: ignore[arg-type]
+    loaded = load_model_for(model, config, resolve_threads(threads, 1))
+    check_model(
+        plan,
+        loaded.model,
+        config_sha256=loaded.config_sha256,
+        weights_sha256=loaded.weights_sha256,
+    )
+    num_sequences, length = request.num_heldout, request.sequence_length
+    task = LanguageTask(build_calibration(request, loaded.tokenizer), top_k=0)
+    advance = reporter.stage("dense model and plan", 3)
+    task.prepare(loaded.model, _SPLIT)
+    advance(1, "")
+    found = {}
+    for done, name in enumerate(("dense", "plan"), start=2):
+        if name == "plan":
+            apply_plan(loaded.model, plan)
+        losses = task.sequence_losses(loaded.model, _SPLIT, range(num_sequences))
+        choice: Assignment = ()
+        found[name] = measure(
+            Evaluation(
+                choice,
+                Fidelity(_SPLIT, 0, num_sequences),
+                tuple(round_significant(value) for value in losses.nats),
+                tuple(round_significant(value) for value in losses.cross_entropy_nats),
+                num_sequences * length,
+            )
+        )
+        advance(done, "")
+    return found

@@ -1,0 +1,312 @@
+"""From a priced space to a guarded choice: tables, solver, search, guard, held-out report.
+
+The problem this file solves: every allocator that stops at an additive score can return something
+worse than uniform. Here the additive optimum is only where the search starts, and the choice among
+{uniform, DP plan, search result} is made on text that the search never saw. Everything measured
+goes through the journal, so running this again on the same journal continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from allocator.budget import Budget
+from allocator.config import CapsConfig, SearchConfig
+from allocator.executors import Executor
+from allocator.loop import History, Limits, Progress, run_search
+from allocator.problem import Problem, Solution
+from allocator.reporter import Reporter
+from allocator.searches import SEARCHES
+from allocator.searches.base import SearchSetting
+from allocator.solvers.dynamic import DynamicProgram
+from allocator.tables import BenchSource, Records, TableStore, build_tables
+from objectives.evaluation import Evaluation, Fidelity, evaluation_key
+from objectives.sensitivity import LossTable
+from search_spaces.space import Assignment, SearchSpace
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a run has to work with.
+
+    Attributes:
+        space: Units, menus, bytes.
+        budget: Resolved for the space.
+        search: Which search, scorer, seed, window.
+        caps: Where the search stops.
+        records: The journal.
+        bench: Gives the live bench of this process.
+        executor: Starts what measures; called once, when something has to be measured.
+        num_sequences: Of the splits ``search``, ``guard`` and ``heldout``.
+        tokens_per_sequence: Of the task.
+        store: Tables of earlier runs.
+        reporter: Shown the progress.
+    """
+
+    space: SearchSpace
+    budget: Budget
+    search: SearchConfig
+    caps: CapsConfig
+    records: Records
+    bench: BenchSource
+    executor: Callable[[], Executor]
+    num_sequences: Mapping[str, int]
+    tokens_per_sequence: int
+    store: TableStore | None
+    reporter: Reporter
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run found.
+
+    Attributes:
+        tables: Loss tables by scorer; the first is the run's own.
+        solution: Of the additive problem with the run's own table.
+        one_shots: The DP plan of every scorer's table.
+        history: What the search was told.
+        candidates: ``dp``, ``search`` and, where one fits, ``uniform``.
+        returned: Which of them had the least loss on the guard's text.
+        evaluations: For ``guard`` and ``heldout``, the full measurement of each candidate; for
+            ``heldout`` also of the one-shot plans, as ``dp:SCORER``.
+        num_search_sequences: Sequences in the search split.
+        tokens: Forward tokens by kind; a backward counts as two.
+    """
+
+    tables: dict[str, LossTable]
+    solution: Solution
+    one_shots: dict[str, Assignment]
+    history: History
+    candidates: dict[str, Assignment]
+    returned: str
+    evaluations: dict[str, dict[str, Evaluation]]
+    num_search_sequences: int
+    tokens: dict[str, int] = field(default_factory=dict)
+
+
+def run_pipeline(stage: Stage) -> Outcome:
+    """Run every stage that the journal does not already hold.
+
+    Raises:
+        ValueError: Nothing could be measured: every candidate failed; with the first reason.
+    """
+    tables = build_tables(
+        stage.bench,
+        stage.space,
+        list(dict.fromkeys([stage.search.scorer, *stage.search.scorers])),
+        records=stage.records,
+        store=stage.store,
+        reporter=stage.reporter,
+    )
+    solutions = {
+        name: DynamicProgram().solve(additive_problem(stage.space, table, stage.budget))
+        for name, table in tables.items()
+    }
+    solution = solutions[stage.search.scorer]
+    uniform = stage.space.uniform(stage.budget.searched_bytes)
+    if uniform is None:
+        stage.reporter.note("no uniform assignment fits the budget: there is nothing to compare to")
+    measuring = Measuring(stage)
+    try:
+        one_shots = {name: found.choice for name, found in solutions.items()}
+        history, best = _search(stage, tables, one_shots, uniform, measuring)
+        candidates = {"dp": solution.choice, "search": best}
+        if uniform is not None:
+            candidates["uniform"] = uniform
+        guard = measuring.all(candidates, "guard")
+        returned = _choose(guard)
+        extra = {f"dp:{name}": choice for name, choice in one_shots.items()}
+        heldout = measuring.all(candidates | extra, "heldout")
+    finally:
+        measuring.close()
+    return Outcome(
+        tables=tables,
+        solution=solution,
+        one_shots=one_shots,
+        history=history,
+        candidates=candidates,
+        returned=returned,
+        evaluations={"guard": guard, "heldout": heldout},
+        num_search_sequences=stage.num_sequences["search"],
+        tokens=_count_tokens(stage, history, [*guard.values(), *heldout.values()]),
+    )
+
+
+def additive_problem(space: SearchSpace, table: LossTable, budget: Budget) -> Problem:
+    """The additive problem of one loss table at one budget."""
+    costs = tuple(np.array([option.bytes for option in menu], np.int64) for menu in space.menus)
+    return Problem(costs, table.losses, budget.searched_bytes)
+
+
+class Measuring:
+    """Measures through one executor, never twice, and records what came out."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._executor: Executor | None = None
+        recorded = (r for r in stage.records.records if r["type"] == "evaluation")
+        evaluations = (Evaluation.from_json(record["evaluation"]) for record in recorded)
+        self.cache: dict[str, Evaluation] = {e.key: e for e in evaluations}
+
+    @property
+    def executor(self) -> Executor:
+        """What measures, started when first needed."""
+        if self._executor is None:
+            self._prepare()
+            self._executor = self._stage.executor()
+        return self._executor
+
+    def record(self, evaluation: Evaluation) -> None:
+        """Make a measurement durable."""
+        self._stage.records.append({"type": "evaluation", "evaluation": evaluation.to_json()})
+
+    def all(self, candidates: Mapping[str, Assignment], split: str) -> dict[str, Evaluation]:
+        """Measure candidates on every sequence of a split."""
+        fidelity = Fidelity(split, 0, self._stage.num_sequences[split])
+        keys = {name: evaluation_key(a, fidelity) for name, a in candidates.items()}
+        todo = {keys[name]: candidates[name] for name in candidates if keys[name] not in self.cache}
+        for key, assignment in todo.items():
+            self.executor.submit(key, assignment, fidelity)
+        advance = self._stage.reporter.stage(f"measuring on {split} text", len(todo))
+        for done in range(len(todo)):
+            key, evaluation = self.executor.next()
+            self.record(evaluation)
+            self.cache[key] = evaluation
+            advance(done + 1, "")
+        return {name: self.cache[key] for name, key in keys.items()}
+
+    def close(self) -> None:
+        """Release the executor."""
+        if self._executor is not None:
+            self._executor.close()
+
+    def _prepare(self) -> None:
+        """Run the dense model on what will be measured, once, before workers start."""
+        bench = self._stage.bench()
+        before = bench.meter.counts["teacher"]
+        advance = self._stage.reporter.stage("dense model", len(self._stage.num_sequences))
+        for done, split in enumerate(self._stage.num_sequences, start=1):
+            bench.evaluator.prepare(split)
+            advance(done, split)
+        spent = bench.meter.counts["teacher"] - before
+        if spent:
+            self._stage.records.append({"type": "tokens", "counts": {"teacher": spent}})
+
+
+class _Lazy:
+    """An executor that starts when something is first submitted: replaying needs no model."""
+
+    def __init__(self, measuring: Measuring) -> None:
+        self._measuring = measuring
+
+    def submit(self, key: str, assignment: Assignment, fidelity: Fidelity) -> None:
+        self._measuring.executor.submit(key, assignment, fidelity)
+
+    def next(self) -> tuple[str, Evaluation]:
+        return self._measuring.executor.next()
+
+    def close(self) -> None:
+        self._measuring.close()
+
+
+def _search(
+    stage: Stage,
+    tables: Mapping[str, LossTable],
+    one_shots: Mapping[str, Assignment],
+    uniform: Assignment | None,
+    measuring: Measuring,
+) -> tuple[History, Assignment]:
+    """Run the search on measured losses; returns its history and its best assignment."""
+    starts = [one_shots[stage.search.scorer], *([] if uniform is None else [uniform])]
+    starts += [choice for choice in one_shots.values() if choice not in starts]
+    setting = SearchSetting(
+        problem=additive_problem(stage.space, tables[stage.search.scorer], stage.budget),
+        starts=tuple(starts),
+        depths=tuple(-1 if unit.depth is None else unit.depth for unit in stage.space.units),
+        kinds=tuple(unit.kind for unit in stage.space.units),
+        num_sequences=stage.num_sequences["search"],
+        batch_sequences=min(stage.search.batch, stage.num_sequences["search"]),
+        seed=stage.search.seed,
+    )
+    search = SEARCHES[stage.search.name](setting)
+    limits = Limits(
+        window=stage.search.window,
+        tokens_per_sequence=stage.tokens_per_sequence,
+        trials=stage.caps.trials,
+        tokens=_search_tokens(stage),
+        seconds=stage.caps.seconds,
+    )
+    advance = stage.reporter.stage(f"search: {stage.search.name}", stage.caps.trials)
+    lowest = float("inf")
+
+    def progress(state: Progress) -> None:
+        nonlocal lowest
+        lowest = min(lowest, state.evaluation.loss_nats)
+        advance(state.num_told, f"least {lowest:.4g} nats, {state.num_tokens:,} tokens")
+
+    history = run_search(
+        search,
+        _Lazy(measuring),
+        limits=limits,
+        cache=measuring.cache,
+        record=measuring.record,
+        progress=progress,
+    )
+    if history.evaluations and history.num_failed == len(history.evaluations):
+        reason = history.evaluations[0].error
+        raise ValueError(f"no candidate could be measured; the first failed with: {reason}")
+    best = search.best
+    return history, starts[0] if best is None else best
+
+
+def _search_tokens(stage: Stage) -> int | None:
+    """What is left of the token cap for the search, after statistics and teacher."""
+    if stage.caps.tokens is None:
+        return None
+    # A pass that a crash made the run repeat is charged once: the cap is part of the history.
+    once = _recorded_tokens(stage.records, max)
+    once["teacher"] = sum(stage.num_sequences.values()) * stage.tokens_per_sequence
+    spent = sum(once.values())
+    left = stage.caps.tokens - spent
+    if left < stage.search.batch * stage.tokens_per_sequence:
+        raise ValueError(
+            f"the cap of {stage.caps.tokens:,} tokens leaves {max(left, 0):,} for the search after "
+            f"{spent:,} for statistics and the dense model; raise it or lower the splits' sizes"
+        )
+    return left
+
+
+def _choose(guard: Mapping[str, Evaluation]) -> str:
+    """The candidate with the least guard loss; the simpler one when equal."""
+    order = [name for name in ("uniform", "dp", "search") if name in guard]
+    measured = [name for name in order if guard[name].ok]
+    if not measured:
+        raise ValueError(f"no candidate could be measured on the guard text: {guard['dp'].error}")
+    return min(measured, key=lambda name: guard[name].loss_nats)
+
+
+def _recorded_tokens(
+    records: Records, combine: Callable[[int, int], int] = operator.add
+) -> dict[str, int]:
+    """Tokens that earlier stages recorded, by kind."""
+    totals: dict[str, int] = {}
+    for record in records.records:
+        if record["type"] == "tokens":
+            for kind, count in record["counts"].items():
+                totals[kind] = combine(totals.get(kind, 0), count)
+    return totals
+
+
+def _count_tokens(stage: Stage, history: History, others: Sequence[Evaluation]) -> dict[str, int]:
+    """Tokens by kind of the whole run, repeated measurements counted once."""
+    totals: dict[str, Any] = dict(_recorded_tokens(stage.records))
+    distinct = {e.key: e for e in [*history.evaluations, *others]}
+    for evaluation in distinct.values():
+        split = evaluation.fidelity.split
+        totals[split] = totals.get(split, 0) + evaluation.num_tokens
+    return dict(sorted(totals.items()))

@@ -1,0 +1,185 @@
+"""A run's folder: what it holds, who may use it, and how its name is checked.
+
+``config.yaml`` what was asked; ``journal.jsonl`` the only store of record; ``space.json`` units and
+menus; ``calibration.safetensors`` the tokens; ``losses.npz`` the loss tables; ``plan.json``,
+``frontier.csv`` and ``report.html`` the results; ``cache/`` what may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from objectives.sensitivity.table import LossTable
+from search_spaces.space import SearchSpace
+
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        """What was asked."""
+        return self.path / "config.yaml"
+
+    @property
+    def journal(self) -> Path:
+        """The store of record."""
+        return self.path / "journal.jsonl"
+
+    @property
+    def space(self) -> Path:
+        """Units and menus."""
+        return self.path / "space.json"
+
+    @property
+    def calibration(self) -> Path:
+        """Token ids of the four splits."""
+        return self.path / "calibration.safetensors"
+
+    @property
+    def losses(self) -> Path:
+        """Loss tables."""
+        return self.path / "losses.npz"
+
+    @property
+    def plan(self) -> Path:
+        """The returned plan."""
+        return self.path / "plan.json"
+
+    @property
+    def frontier(self) -> Path:
+        """The additive frontier."""
+        return self.path / "frontier.csv"
+
+    @property
+    def report(self) -> Path:
+        """The HTML report."""
+        return self.path / "report.html"
+
+    @property
+    def cache(self) -> Path:
+        """Teacher caches; may be deleted at any time."""
+        return self.path / "cache"
+
+    def make(self) -> None:
+        """Create the folder.
+
+        Raises:
+            ValueError: It cannot be created or written to.
+        """
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"cannot create the run folder {self.path}: {error.strerror}; "
+                "choose another with --runs or --name"
+            ) from error
+        if not os.access(self.path, os.W_OK):
+            raise ValueError(f"the run folder {self.path} is read-only; choose another with --runs")
+
+
+def run_folder(runs: Path, name: str) -> RunFolder:
+    """The folder of a run by name.
+
+    Raises:
+        ValueError: The name has characters that could lead elsewhere.
+    """
+    if _NAME.match(name) is None:
+        raise ValueError(
+            f"{name!r} is not a run name: use up to 64 letters, digits, '.', '_' and '-', "
+            "starting with a letter or digit"
+        )
+    return RunFolder(runs / name)
+
+
+def existing_run(text: str, runs: Path) -> RunFolder:
+    """The folder of a run given by its path or, inside ``runs``, by its name.
+
+    Raises:
+        ValueError: There is no such run.
+    """
+    for path in (Path(text), runs / text):
+        if (path / "journal.jsonl").is_file():
+            return RunFolder(path)
+    known = sorted(p.parent.name for p in runs.glob("*/journal.jsonl")) if runs.is_dir() else []
+    listing = f"; runs there: {', '.join(known[:8])}" if known else ""
+    raise ValueError(f"no run {text!r} here or in {runs}{listing}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def save_space(space: SearchSpace, path: Path) -> None:
+    """Write a space as JSON."""
+    write_text(path, json.dumps(space.to_json(), separators=(",", ":")))
+
+
+def load_space(path: Path) -> SearchSpace:
+    """Read a space that :func:`save_space` wrote.
+
+    Raises:
+        ValueError: The file is missing or damaged.
+    """
+    try:
+        data: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return SearchSpace.from_json(data)
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot read the run's space {path}: {error}") from error
+
+
+def save_losses(tables: Mapping[str, LossTable], path: Path) -> None:
+    """Write loss tables, one flat array a scorer."""
+    temporary = path.with_name(path.name + ".tmp")
+    arrays = {
+        f"{table.scorer}:{table.unit}": np.concatenate(table.losses) for table in tables.values()
+    }
+    with temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_losses(path: Path, space: SearchSpace) -> dict[str, LossTable]:
+    """Read loss tables that :func:`save_losses` wrote, the run's own scorer first.
+
+    Raises:
+        ValueError: The run has not come so far, or the file does not fit the space.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist yet: let the run finish (allocator resume)")
+    ends = np.cumsum([len(menu) for menu in space.menus])
+    tables = {}
+    with np.load(path, allow_pickle=False) as file:
+        for key in file.files:
+            scorer, _, unit = key.partition(":")
+            if file[key].shape != (ends[-1],):
+                raise ValueError(f"{path} does not fit the run's space")
+            rows = tuple(np.split(file[key], ends[:-1]))
+            tables[scorer] = LossTable(scorer, unit, rows)
+    return tables

@@ -1,0 +1,201 @@
+"""A Bayesian linear surrogate of the measured loss, built on an additive loss table.
+
+The problem: the table's cells are wrong by factors, and a few hundred noisy measurements of whole
+assignments must correct a thousand of them. The loss of an assignment is modelled as a sum over
+units of ``prior cell x (1 + corrections)``, where the corrections are shared at several levels (all
+cells, a projection class at an option, a block at an option, a unit, one cell), each with its own
+prior spread. What cannot be learned about one cell is then learned about its relatives, and the
+rest stays at the prior. Everything is Gaussian: posteriors are exact, and a posterior sample of the
+whole table is one small linear solve (Matheron's rule).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from search_spaces.space import Assignment
+
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Spreads:
+    """Prior standard deviations.
+
+    All but the last two are relative to a cell's prior loss; ``offset`` and ``misfit`` are relative
+    to the loss of the reference assignment.
+
+    Attributes:
+        overall: Of a factor common to all cells.
+        kind: Of a factor for a projection class at an option.
+        depth: Of a factor for a block at an option.
+        unit: Of a factor for a unit.
+        cell: Of a factor for one option of one unit.
+        offset: Of a constant: what no cell explains.
+        misfit: Of the part of one assignment's loss that no sum of cells explains.
+    """
+
+    overall: float = 0.3
+    kind: float = 0.3
+    depth: float = 0.2
+    unit: float = 0.3
+    cell: float = 0.3
+    offset: float = 0.3
+    misfit: float = 0.02
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A measured loss of an assignment, comparable across observations, and its variance."""
+
+    assignment: Assignment
+    loss: float
+    variance: float
+
+
+class Surrogate:
+    """Posterior over the cells' losses given measured assignments.
+
+    Args:
+        cells: For each unit a (num_options,) array of prior losses, in the unit of measured losses.
+        kinds: For each unit its projection class.
+        depths: For each unit its block.
+        reference_loss: Measured loss that ``offset`` and ``misfit`` are relative to.
+        spreads: Prior standard deviations.
+    """
+
+    def __init__(
+        self,
+        cells: Sequence[Vector],
+        kinds: Sequence[str],
+        depths: Sequence[int],
+        *,
+        reference_loss: float,
+        spreads: Spreads,
+    ) -> None:
+        self._starts = np.concatenate([[0], np.cumsum([len(row) for row in cells])])
+        self._prior = np.concatenate(cells)
+        unit_of = np.repeat(np.arange(len(cells)), [len(row) for row in cells])
+        options = [(u, o) for u, row in enumerate(cells) for o in range(len(row))]
+        groups = [
+            (np.zeros_like(unit_of), spreads.overall),
+            (
+                _number([(kinds[u], o) for u, o in options]),
+                spreads.kind,
+            ),
+            (
+                _number([(depths[u], o) for u, o in options]),
+                spreads.depth,
+            ),
+            (unit_of, spreads.unit),
+            (np.arange(len(unit_of)), spreads.cell),
+        ]
+        self._groups = [(index, int(index.max()) + 1) for index, _ in groups]
+        sizes = [size for _, size in self._groups]
+        self._begins = np.concatenate([[0], np.cumsum(sizes)])
+        scales = [np.full(size, spread) for (_, spread), size in zip(groups, sizes, strict=True)]
+        offset = np.array([spreads.offset * reference_loss])
+        self._variances: Vector = np.concatenate([*scales, offset]) ** 2
+        self._misfit = (spreads.misfit * reference_loss) ** 2
+        self._features: Vector = np.empty((0, len(self._variances)))
+        self._observations: list[Observation] = []
+        self._rows: dict[Assignment, int] = {}
+        self._distinct: list[int] = []
+        self._factor: tuple[Vector, Vector] | None = None
+
+    def add(self, observation: Observation) -> None:
+        """Take in one measurement."""
+        row = self._feature_row(observation.assignment)
+        self._features = np.vstack([self._features, row])
+        self._distinct.append(self._rows.setdefault(observation.assignment, len(self._rows)))
+        self._observations.append(observation)
+        self._factor = None
+
+    def table(self, rng: np.random.Generator | None = None) -> list[Vector]:
+        """Cells' losses: the posterior mean, or a posterior sample when given a generator."""
+        weights = np.zeros(len(self._variances))
+        if rng is not None:
+            weights = rng.normal(size=len(weights)) * np.sqrt(self._variances)
+        if self._observations:
+            weights = weights + self._correction(weights, rng)
+        factors = np.ones(len(self._prior))
+        for (index, _), begin in zip(self._groups, self._begins, strict=False):
+            factors += weights[begin + index]
+        cells = self._prior * np.clip(factors, 0.05, 20.0)
+        return np.split(cells, self._starts[1:-1])
+
+    def best(self) -> tuple[Assignment, float, float] | None:
+        """The measured assignment of least posterior mean, with that mean and its deviation."""
+        if not self._observations:
+            return None
+        means, deviations = self._posterior_at_observed()
+        index = int(np.argmin(means + 0.5 * deviations))
+        return list(self._rows)[index], float(means[index]), float(deviations[index])
+
+    def ranked(self) -> list[Assignment]:
+        """Measured assignments by posterior mean, least first."""
+        means, _ = self._posterior_at_observed()
+        known = list(self._rows)
+        return [known[i] for i in np.argsort(means, kind="stable")]
+
+    def _posterior_at_observed(self) -> tuple[Vector, Vector]:
+        """Posterior mean and deviation of each distinct assignment's true loss."""
+        inverse, residual = self._solve()
+        first = [self._distinct.index(row) for row in range(len(self._rows))]
+        features = self._features[first]
+        covariance = (features * self._variances) @ self._features.T
+        same = np.array(self._distinct)[None, :] == np.arange(len(first))[:, None]
+        covariance += self._misfit * same
+        prior = self._prior_loss(features)
+        means = prior + covariance @ (inverse @ residual)
+        own = (features**2 * self._variances).sum(1) + self._misfit
+        reduction = np.einsum("ij,jk,ik->i", covariance, inverse, covariance)
+        return means, np.sqrt(np.maximum(own - reduction, 0.0))
+
+    def _correction(self, weights: Vector, rng: np.random.Generator | None) -> Vector:
+        """What the data add to a prior draw of the weights (Matheron's rule)."""
+        inverse, residual = self._solve()
+        if rng is not None:
+            noise = np.sqrt([o.variance for o in self._observations])
+            misfit = rng.normal(size=len(self._rows)) * np.sqrt(self._misfit)
+            drawn = self._features @ weights + misfit[self._distinct]
+            residual = residual - drawn - rng.normal(size=len(noise)) * noise
+        correction: Vector = self._variances * (self._features.T @ (inverse @ residual))
+        return correction
+
+    def _solve(self) -> tuple[Vector, Vector]:
+        """Inverse covariance of the observations, and what the prior mean leaves unexplained."""
+        if self._factor is None:
+            covariance = (self._features * self._variances) @ self._features.T
+            distinct = np.array(self._distinct)
+            covariance += self._misfit * (distinct[:, None] == distinct[None, :])
+            covariance += np.diag([o.variance for o in self._observations])
+            losses = np.array([o.loss for o in self._observations])
+            inverse: Vector = np.asarray(np.linalg.inv(covariance), np.float64)
+            self._factor = (inverse, losses - self._prior_loss(self._features))
+        return self._factor
+
+    def _prior_loss(self, features: Vector) -> Vector:
+        """The prior mean: the table's own sum, which is the feature of the overall factor."""
+        total: Vector = features[:, 0]
+        return total
+
+    def _feature_row(self, assignment: Assignment) -> Vector:
+        """Prior losses of the chosen cells, summed by group; the last feature is the offset."""
+        chosen = self._starts[:-1] + np.array(assignment)
+        losses = self._prior[chosen]
+        parts = [
+            np.bincount(index[chosen], weights=losses, minlength=size)
+            for index, size in self._groups
+        ]
+        return np.concatenate([*parts, [1.0]])
+
+
+def _number(keys: Sequence[tuple[str | int, int]]) -> NDArray[np.int64]:
+    """Consecutive numbers for equal keys, in the order of first appearance."""
+    seen: dict[tuple[str | int, int], int] = {}
+    return np.array([seen.setdefault(key, len(seen)) for key in keys], np.int64)
