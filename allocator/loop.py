@@ -149,6 +149,7 @@ def run_search(
                 num_measured += 1
         if key not in cache:
             window.run_out_of_time()
+            executor.drop_queued()
             break
         num_tokens += window.open.popleft().num_tokens
         told.append(cache[key])

@@ -173,11 +173,13 @@ class Measuring:
         for key, assignment in todo.items():
             self.executor.submit(key, assignment, fidelity)
         advance = self._stage.reporter.stage(f"measuring on {split} text", len(todo))
-        for done in range(len(todo)):
+        while any(key not in self.cache for key in todo):
+            # What a stopped search left under way may arrive first; it is worth recording too.
             key, evaluation = self.executor.next()
-            self.record(evaluation)
-            self.cache[key] = evaluation
-            advance(done + 1, "")
+            if key not in self.cache:
+                self.record(evaluation)
+                self.cache[key] = evaluation
+            advance(sum(key in self.cache for key in todo), "")
         return {name: self.cache[key] for name, key in keys.items()}
 
     def close(self) -> None:
@@ -209,6 +211,9 @@ class _Lazy:
 
     def next(self) -> tuple[str, Evaluation]:
         return self._measuring.executor.next()
+
+    def drop_queued(self) -> None:
+        self._measuring.executor.drop_queued()
 
     def close(self) -> None:
         self._measuring.close()

@@ -26,6 +26,10 @@ class Executor(Protocol):
         """Block until some measurement is finished; a failed one is a result too."""
         ...
 
+    def drop_queued(self) -> None:
+        """Forget what no worker has begun; what is under way still arrives."""
+        ...
+
     def close(self) -> None:
         """Release workers; measurements under way are dropped."""
         ...

@@ -37,8 +37,12 @@ class InProcess:
         key, assignment, fidelity = self._queue.popleft()
         return key, safe_measure(self._measure, assignment, fidelity)
 
+    def drop_queued(self) -> None:
+        """Forget what was queued."""
+        self._queue.clear()
+
     def close(self) -> None:
-        """Forget what is queued."""
+        """Forget what was queued."""
         self._queue.clear()
 
 

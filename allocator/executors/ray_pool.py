@@ -131,6 +131,10 @@ class RayPool:
                     self._ray.available_resources(),
                 )
 
+    def drop_queued(self) -> None:
+        """Forget what no actor has begun; what is under way still arrives."""
+        self._queue.clear()
+
     def close(self) -> None:
         """Kill the actors, and shut Ray down if this pool started it; closing twice is fine."""
         if self._owns_session:

@@ -75,8 +75,12 @@ def frontier_section(view: RunView) -> Markup:
     )
     if view.predicted_unit != "nats":
         caption += (
-            ". The scores are not nats per token, so line and points share the axis of bytes only"
+            ". The scores are not known to compare with nats per token, so line and points share "
+            "the axis of bytes only"
         )
+    for method in compared:
+        if method not in drawn:
+            caption += f". {method.name} is not drawn: its bytes are not recorded"
     shown = figure(
         frontier_figure(view, drawn, priced),
         label=(

@@ -36,7 +36,7 @@ _CSS_NAMES = {
 }
 _METHOD_MARKER = {"uniform": "s", "dp": "^", "search": "o"}
 
-_WIDTH_INCHES = 6.4
+_WIDTH_INCHES = 5.8
 _LOG_RATIO = 8.0
 """Losses that differ more than this many times are drawn on a logarithmic axis."""
 
@@ -149,12 +149,12 @@ def progress_figure(shown: Sequence[Measurement]) -> str:
             "o",
             color=_METHOD_COLOUR["search"],
             markersize=4.5,
-            alpha=0.35,
+            alpha=0.45,
             markeredgewidth=0,
             label="measured",
         )
-        best = best_so_far(shown)
-        steps = [(m.tokens / 1e3, low) for m, low in zip(shown, best, strict=True) if low]
+        best = zip(shown, best_so_far(shown), strict=True)
+        steps = [(m.tokens / 1e3, low) for m, low in best if low is not None]
         axes.step(
             *_columns(steps),
             where="post",
@@ -248,8 +248,8 @@ def _loss(measurement: Measurement) -> float:
     return measurement.loss_nats
 
 
-def _columns(points: Sequence[tuple[float, float | None]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points if y is not None]
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def _point(
@@ -326,7 +326,10 @@ def _svg(name: str, draw: Callable[[Figure], None], height_inches: float) -> str
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_SETTINGS, "svg.hashsalt": name}):
+    # Not the caller's style but matplotlib's own; a context would not give the backend back.
+    style = {key: matplotlib.rcParamsDefault[key] for key in matplotlib.rcParamsDefault}
+    del style["backend"]
+    with matplotlib.rc_context({**style, **_SETTINGS, "svg.hashsalt": name}):
         figure = Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
         figure.patch.set_visible(False)
         draw(figure)

@@ -37,6 +37,8 @@ def gather_view(
         rank_correlation=correlation,
         settings=_settings(config),
         notes=_notes(outcome),
+        predicted_unit=outcome.tables[plan.scorer].unit,
+        method_bytes={name: space.bytes(a) for name, a in outcome.candidates.items()},
     )
 
 

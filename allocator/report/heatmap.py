@@ -17,7 +17,10 @@ from allocator.plan import Plan
 from allocator.report.markup import Markup, Table, escape, join, tag
 from allocator.report.wording import number
 
-_MOST_BAND_DEPTHS = 40
+_BAND_WIDTH_REM = 58.0
+"""What a band of cells may take on a wide screen, beside kinds' names and gaps."""
+
+_LEAST_CELL_REM, _CHARACTER_REM = 1.6, 0.58
 _USUAL_BITS = (2.0, 8.0)
 """The colour scale covers these and whatever else the plan holds, so that reports compare."""
 
@@ -87,11 +90,17 @@ class HeatMap:
         choices = (choice for cell in self._cells.values() for choice in cell.choices)
         return sum(choice.label != choice.dp_label for choice in choices)
 
+    @property
+    def has_mixed_cells(self) -> bool:
+        """Whether a cell shows the mean of units that got different options."""
+        return any(len({c.label for c in cell.choices}) > 1 for cell in self._cells.values())
+
     def render(self) -> Markup:
         """The grid, the units outside the blocks, and the legend."""
         parts = []
         if self._depths:
-            num_bands = math.ceil(len(self._depths) / _MOST_BAND_DEPTHS)
+            most = int(_BAND_WIDTH_REM / self._cell_rem)
+            num_bands = math.ceil(len(self._depths) / most)
             step = math.ceil(len(self._depths) / num_bands)
             firsts = range(0, len(self._depths), step)
             parts += [self._band(self._depths[first : first + step]) for first in firsts]
@@ -131,13 +140,16 @@ class HeatMap:
             for k, kind in enumerate(self._kinds, 1)
             if (cell := self._cells.get((depth, kind))) is not None
         ]
-        sizes = f"--depths:{len(depths)};--kinds:{len(self._kinds)};--characters:{self._characters}"
+        sizes = f"--depths:{len(depths)};--kinds:{len(self._kinds)};--cell:{self._cell_rem:g}rem"
         grid = tag("div", *heads, *cells, attributes=f'class="map" style="{sizes}"')
         return tag("div", grid, attributes='class="scroll"')
 
-    @property
-    def _characters(self) -> int:
-        return max(len(self._text(cell)) for cell in self._cells.values())
+    @cached_property
+    def _cell_rem(self) -> float:
+        """Least width of a cell in a block, so that its text fits."""
+        inside = [cell for (depth, _), cell in self._cells.items() if depth is not None]
+        longest = max(len(self._text(cell)) for cell in inside)
+        return max(_LEAST_CELL_REM, _CHARACTER_REM * longest)
 
     def _text(self, cell: _Cell) -> str:
         """The short label, or the mean bits of a mixed cell."""

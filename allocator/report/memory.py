@@ -50,6 +50,8 @@ def plan_section(view: RunView) -> Markup:
             f". A dot marks the {heat_map.num_differing} of {num_units} units that got "
             "something else than in the DP plan"
         )
+    if heat_map.has_mixed_cells:
+        caption += ". Where units of a cell differ it shows their mean bits, after ~"
     label = (
         f"Heat map of the chosen option of {num_units} units by depth and kind, "
         f"{number(view.plan.bits_per_weight)} bits per weight on average; the table below it "
@@ -77,8 +79,8 @@ def bytes_section(view: RunView) -> Markup:
     if plan.fixed:
         largest = max(_fixed(plan), key=lambda tensor: tensor.bytes)
         caption += (
-            f" The largest tensor that was not up for choice is {largest.name} with "
-            f"{size(largest.bytes)}."
+            f" Of the {len(plan.fixed)} tensors that were not up for choice {largest.name} is the "
+            f"largest with {size(largest.bytes)}."
         )
     shown = figure(bar, label=f"Shares of the budget: {shares}", caption=caption)
     return section("The byte budget", shown, render_table(_parts_table(plan, parts)))
@@ -103,7 +105,7 @@ def _parts(plan: Plan) -> list[_Part]:
     header_bytes = plan.achieved_bytes - plan.searched_bytes - fixed_bytes
     return [
         *parts,
-        _Part(f"not searched ({len(plan.fixed)} tensors)", "fixed", fixed_bytes),
+        _Part("not searched", "fixed", fixed_bytes),
         _Part("file header", "header", header_bytes),
         _Part("slack", "slack", plan.slack_bytes),
     ]

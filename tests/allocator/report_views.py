@@ -36,18 +36,24 @@ OPERATORS = [RoundToNearest(bits) for bits in (2, 3, 4, 5, 6, 8)]
 RETURNED = {"uniform": 1.2209, "dp": 1.4147, "search": 0.9062}
 
 
-def make_space(num_layers, shapes, *, head=True, prefix="model.layers"):
+def make_space(num_layers, shapes, *, head=True):
     units = [
-        Unit(f"{prefix}.{d}.{kind}", (Member(f"{prefix}.{d}.{kind}", "weight", shape),), d, kind)
+        Unit(
+            f"model.layers.{d}.{kind}",
+            (Member(f"model.layers.{d}.{kind}", "weight", shape),),
+            d,
+            kind,
+        )
         for d in range(num_layers)
         for kind, shape in shapes.items()
     ]
     if head:
         units.append(Unit("lm_head", (Member("lm_head", "weight", (4096, 576)),), None, "head"))
     menus = tuple(build_menu(unit, [*OPERATORS, Keep()]) for unit in units)
-    fixed = (StoredTensor("model.embed_tokens.weight", "BF16", (8192, 576)),) + tuple(
-        StoredTensor(f"{prefix}.{d}.input_layernorm.weight", "BF16", (576,))
-        for d in range(num_layers)
+    norms = [f"model.layers.{d}.input_layernorm.weight" for d in range(num_layers)]
+    fixed = (
+        StoredTensor("model.embed_tokens.weight", "BF16", (8192, 576)),
+        *(StoredTensor(name, "BF16", (576,)) for name in norms),
     )
     return SearchSpace("bits", tuple(units), menus, fixed)
 
