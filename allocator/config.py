@@ -71,8 +71,8 @@ class SearchConfig(_Strict):
     """How the search runs. ``batch`` is in sequences per evaluation."""
 
     name: str = "model_guided"
-    scorer: str = "fisher"
-    scorers: tuple[str, ...] = ("fisher", "reconstruction", "relative_error")
+    scorer: str = "blend"
+    scorers: tuple[str, ...] = ("blend", "fisher", "reconstruction", "relative_error")
     seed: int = 0
     window: Positive = 4
     batch: Positive = 8

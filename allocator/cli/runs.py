@@ -56,7 +56,7 @@ def search(
     method: Annotated[
         str, typer.Option("--search", help="See 'allocator list searches'.")
     ] = "model_guided",
-    scorer: Annotated[str, typer.Option(help="Loss table that the search starts from.")] = "fisher",
+    scorer: Annotated[str, typer.Option(help="Loss table that the search starts from.")] = "blend",
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     window: Annotated[int, typer.Option(help="Proposals under way at once.")] = 4,
     batch: Annotated[int, typer.Option(help="Sequences per evaluation.")] = 8,

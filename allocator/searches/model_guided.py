@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from allocator.searches.base import Proposal, SearchSetting
 from allocator.searches.repair import check_setting
@@ -36,11 +37,17 @@ class ModelGuidedOptions:
         confirm_every: Every so many proposals the best assignment so far is measured on text it
             has not seen, while there is any.
         exploit_every: Every so many proposals the posterior mean is decoded instead of a sample.
+        temperature: Scales the samples' deviation from the posterior mean. In a thousand dimensions
+            an exact optimum of a full posterior sample mostly fits the sample's noise.
+        least_changes: Fewest units a proposal may change of the best assignment.
     """
 
     spreads: Spreads = field(default_factory=Spreads)
     confirm_every: int = 6
     exploit_every: int = 3
+    temperature: float = 0.5
+    least_changes: int = 4
+    shrink: float = 0.9
 
     def __post_init__(self) -> None:
         if self.confirm_every < 1 or self.exploit_every < 1:
@@ -52,6 +59,12 @@ class ModelGuidedOptions:
 
 _DEFAULTS = ModelGuidedOptions()
 _MOST_ATTEMPTS = 8
+_BISECTIONS = 10
+
+
+def _distance(ours: Assignment, theirs: Assignment) -> int:
+    """Number of units that differ."""
+    return sum(a != b for a, b in zip(ours, theirs, strict=True))
 
 
 class ModelGuided:
@@ -77,10 +90,15 @@ class ModelGuided:
         self._surrogate: Surrogate | None = None
         self._asked: set[tuple[Assignment, Fidelity]] = set()
         self._num_asked = 0
+        self._radius = float(len(setting.problem.bytes))
 
     def ask(self, count: int, pending: Collection[Assignment]) -> list[Proposal]:
-        """The opening first; then posterior samples, decoded exactly."""
-        return [self._propose(pending) for _ in range(count)]
+        """The opening first; then posterior samples, decoded exactly.
+
+        Nothing more comes once only assignments that are already measured on all text come out.
+        """
+        proposals = (self._propose(pending) for _ in range(count))
+        return [proposal for proposal in proposals if proposal is not None]
 
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
         """Correct the surrogate; failed evaluations teach nothing and are never the best."""
@@ -108,7 +126,7 @@ class ModelGuided:
         rest = [Proposal(start, self._setting.fidelity(i)) for i, start in enumerate(others)]
         return [reference[0], *rest, *reference[1:]]
 
-    def _propose(self, pending: Collection[Assignment]) -> Proposal:
+    def _propose(self, pending: Collection[Assignment]) -> Proposal | None:
         self._num_asked += 1
         if self._queue:
             return self._note(self._queue.pop(0))
@@ -122,8 +140,10 @@ class ModelGuided:
             if proposal.assignment not in pending and (
                 (proposal.assignment, window) not in self._asked
             ):
-                break
-        return self._note(proposal)
+                return self._note(proposal)
+        # Samples bring nothing new: read more text with the best ones, or stop.
+        again = self._confirmation()
+        return None if again is None else self._note(again)
 
     def _note(self, proposal: Proposal) -> Proposal:
         self._asked.add((proposal.assignment, proposal.fidelity))
@@ -137,8 +157,37 @@ class ModelGuided:
                 row * np.exp(self._rng.normal(scale=0.3, size=len(row))) for row in problem.losses
             ]
         else:
-            losses = self._surrogate.table(None if greedy else self._rng)
-        return self._oracle.solve(losses, problem.budget_bytes).choice
+            losses = self._surrogate.table(
+                None if greedy else self._rng, temperature=self._options.temperature
+            )
+        choice = self._oracle.solve(losses, problem.budget_bytes).choice
+        return choice if self._surrogate is None else self._pull(choice, losses)
+
+    def _pull(self, choice: Assignment, losses: Sequence[NDArray[np.float64]]) -> Assignment:
+        """Keep a proposal within the trust radius of the best assignment, still decoded exactly.
+
+        Every option that the best assignment does not take is charged the same extra loss, just
+        enough (by bisection) that no more than ``radius`` units change.
+        """
+        centre = self.best
+        assert centre is not None
+        if _distance(choice, centre) <= self._radius:
+            return choice
+        budget = self._setting.problem.budget_bytes
+        total = sum(float(row[i]) for row, i in zip(losses, centre, strict=True))
+        low, high = 0.0, total
+        for _ in range(_BISECTIONS):
+            charge = (low * high) ** 0.5 if low > 0 else high * 1e-3
+            charged = [
+                row + charge * (np.arange(len(row)) != i)
+                for row, i in zip(losses, centre, strict=True)
+            ]
+            pulled = self._oracle.solve(charged, budget).choice
+            if _distance(pulled, centre) <= self._radius:
+                high, choice = charge, pulled
+            else:
+                low = charge
+        return choice if _distance(choice, centre) <= self._radius else centre
 
     def _confirmation(self) -> Proposal | None:
         """The best assignments so far on windows they have not been measured on."""
@@ -159,8 +208,19 @@ class ModelGuided:
         if self._surrogate is None:
             self._surrogate = self._make_surrogate(total)
         for evaluation in self._waiting:
+            before = self.best
             self._surrogate.add(self._observe(evaluation, total))
+            self._adapt(before, evaluation.assignment)
         self._waiting = []
+
+    def _adapt(self, before: Assignment | None, told: Assignment) -> None:
+        """Widen the trust radius after an improvement, narrow it after a proposal that failed."""
+        if before is None or told == before or told in self._setting.starts:
+            return
+        factor = 1.5 if self.best == told else self._options.shrink
+        self._radius = min(
+            max(self._radius * factor, self._options.least_changes), float(len(told))
+        )
 
     def _make_surrogate(self, reference_loss: float) -> Surrogate:
         """The table scaled so that it explains the first start's measured loss."""

@@ -115,13 +115,20 @@ class Surrogate:
         self._observations.append(observation)
         self._factor = None
 
-    def table(self, rng: np.random.Generator | None = None) -> list[Vector]:
-        """Cells' losses: the posterior mean, or a posterior sample when given a generator."""
-        weights = np.zeros(len(self._variances))
+    def table(
+        self, rng: np.random.Generator | None = None, *, temperature: float = 1.0
+    ) -> list[Vector]:
+        """Cells' losses: the posterior mean, or a posterior sample when given a generator.
+
+        Args:
+            rng: Draws the sample.
+            temperature: Scales the sample's deviation from the posterior mean.
+        """
+        weights = self._correction(np.zeros(len(self._variances)), None)
         if rng is not None:
-            weights = rng.normal(size=len(weights)) * np.sqrt(self._variances)
-        if self._observations:
-            weights = weights + self._correction(weights, rng)
+            prior = rng.normal(size=len(weights)) * np.sqrt(self._variances)
+            drawn = prior + self._correction(prior, rng)
+            weights += temperature * (drawn - weights)
         factors = np.ones(len(self._prior))
         for (index, _), begin in zip(self._groups, self._begins, strict=False):
             factors += weights[begin + index]
@@ -158,6 +165,8 @@ class Surrogate:
 
     def _correction(self, weights: Vector, rng: np.random.Generator | None) -> Vector:
         """What the data add to a prior draw of the weights (Matheron's rule)."""
+        if not self._observations:
+            return np.zeros_like(weights)
         inverse, residual = self._solve()
         if rng is not None:
             noise = np.sqrt([o.variance for o in self._observations])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from objectives.sensitivity.base import Scorer, ScoringContext
+from objectives.sensitivity.blend import Blend
 from objectives.sensitivity.fisher import Fisher
 from objectives.sensitivity.reconstruction import Reconstruction
 from objectives.sensitivity.relative_error import RelativeError
@@ -14,6 +15,7 @@ __all__ = ["SCORERS", "LossTable", "Scorer", "ScoringContext"]
 SCORERS: Registry[type[Scorer]] = Registry(
     "scorer",
     {
+        "blend": Blend,
         "fisher": Fisher,
         "reconstruction": Reconstruction,
         "relative_error": RelativeError,
