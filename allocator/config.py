@@ -20,7 +20,7 @@ class SpaceConfig(_Strict):
 
     Attributes:
         space: A preset's name or a YAML file.
-        ties: Runtime whose fused kernels tie units together.
+        ties: Runtime whose fused kernels tie units together; ``None`` leaves it to the space.
         pins: (glob, operator label) pairs.
         exclude: Globs of units to leave dense.
         open_units: ``embeddings`` and ``head`` may be searched too.
@@ -28,7 +28,7 @@ class SpaceConfig(_Strict):
     """
 
     space: str = "bits"
-    ties: str = "none"
+    ties: str | None = None
     pins: tuple[tuple[str, str], ...] = ()
     exclude: tuple[str, ...] = ()
     open_units: tuple[str, ...] = ()

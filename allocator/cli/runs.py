@@ -31,7 +31,7 @@ def search(
     model: Annotated[str, typer.Argument(help="Hub id, local folder or embedded model.")],
     budget: Annotated[str, typer.Option(help="90MB, 2.5GiB, 3.25bpw, 40%; several with commas.")],
     space: Annotated[str, typer.Option(help="Preset or YAML file.")] = "bits",
-    ties: Annotated[str, typer.Option(help="Runtime whose fused kernels tie units.")] = "none",
+    ties: Annotated[str | None, typer.Option(help="Runtime whose fused kernels tie units.")] = None,
     pin: Annotated[list[str], typer.Option(help="GLOB=LABEL, e.g. '*.o_proj=int8-g64'.")] = [],
     exclude: Annotated[list[str], typer.Option(help="Glob of units to leave dense.")] = [],
     open_units: Annotated[

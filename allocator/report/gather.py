@@ -35,7 +35,7 @@ def gather_view(
         frontier=_frontier(space, outcome, plan),
         measurements=measurements,
         rank_correlation=correlation,
-        settings=_settings(config),
+        settings=_settings(config, plan),
         notes=_notes(outcome),
         predicted_unit=outcome.tables[plan.scorer].unit,
         method_bytes={name: space.bytes(a) for name, a in outcome.candidates.items()},
@@ -96,7 +96,7 @@ def _frontier(space: SearchSpace, outcome: Outcome, plan: Plan) -> tuple[Frontie
     return tuple(FrontierPoint(int(frontier.bytes[i]), float(frontier.losses[i])) for i in kept)
 
 
-def _settings(config: RunConfig) -> dict[str, str]:
+def _settings(config: RunConfig, plan: Plan) -> dict[str, str]:
     data, search, measure = config.data, config.search, config.measure
     caps = config.caps
     limits = [
@@ -109,7 +109,7 @@ def _settings(config: RunConfig) -> dict[str, str]:
     return {
         "Model": config.model,
         "Budget": config.budget,
-        "Space": f"{config.space.space}, ties: {config.space.ties}",
+        "Space": f"{plan.space}, ties: {plan.ties}",
         "Pins": ", ".join(f"{glob}={label}" for glob, label in config.space.pins) or "none",
         "Excluded": ", ".join(config.space.exclude) or "none",
         "Text": data.text,
