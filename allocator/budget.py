@@ -20,7 +20,7 @@ _SUFFIX_BYTES = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
-_PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(bpw|%|[kmgt]?i?b|)\s*$", re.IGNORECASE)
+_PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(bpw|%|(?:[kmgt]i?)?b|)\s*$", re.IGNORECASE)
 _HELP = "write 90MB, 2.5GiB, 123456789, 3.25bpw or 40%"
 
 
@@ -40,12 +40,12 @@ class Budget:
 
 
 def parse_budgets(text: str) -> tuple[str, ...]:
-    """Split a comma-separated list of budgets and check every word.
+    """Split a comma-separated list of budgets, check every word and drop repeated ones.
 
     Raises:
         ValueError: Nothing is given, or a word is not a budget.
     """
-    words = tuple(word.strip() for word in text.split(",") if word.strip())
+    words = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
     if not words:
         raise ValueError(f"expected a budget, got {text!r}; {_HELP}")
     for word in words:

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
 
 
 class _Strict(BaseModel):
@@ -39,12 +40,12 @@ class DataConfig(_Strict):
     """Which text, cut how. Counts are sequences."""
 
     text: str = "wiki-summaries"
-    sequence_length: Positive = 256
+    sequence_length: Annotated[int, Field(ge=2)] = 256
     statistics: Positive = 64
     search: Positive = 64
     guard: Positive = 32
     heldout: Positive = 64
-    seed: int = 0
+    seed: Seed = 0
 
 
 class MeasureConfig(_Strict):
@@ -73,7 +74,7 @@ class SearchConfig(_Strict):
     name: str = "model_guided"
     scorer: str = "blend"
     scorers: tuple[str, ...] = ("blend", "fisher", "reconstruction", "relative_error")
-    seed: int = 0
+    seed: Seed = 0
     window: Positive = 4
     batch: Positive = 8
 
@@ -127,8 +128,10 @@ class RunConfig(_Strict):
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write a configuration as YAML."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    """Write a configuration as YAML; a reader sees the old content or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    temporary.replace(path)
 
 
 def load_config(path: Path) -> RunConfig:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ class Stage:
         tokens_per_sequence: Of the task.
         store: Tables of earlier runs.
         reporter: Shown the progress.
+        extend: Search on where an earlier session's search had ended.
     """
 
     space: SearchSpace
@@ -59,6 +60,7 @@ class Stage:
     tokens_per_sequence: int
     store: TableStore | None
     reporter: Reporter
+    extend: bool = False
 
 
 @dataclass(frozen=True)
@@ -190,14 +192,14 @@ class Measuring:
     def _prepare(self) -> None:
         """Run the dense model on what will be measured, once, before workers start."""
         bench = self._stage.bench()
-        before = bench.meter.counts["teacher"]
         advance = self._stage.reporter.stage("dense model", len(self._stage.num_sequences))
         for done, split in enumerate(self._stage.num_sequences, start=1):
+            before = bench.meter.counts["teacher"]
             bench.evaluator.prepare(split)
+            spent = bench.meter.counts["teacher"] - before
+            if spent:
+                self._stage.records.append({"type": "tokens", "counts": {"teacher": spent}})
             advance(done, split)
-        spent = bench.meter.counts["teacher"] - before
-        if spent:
-            self._stage.records.append({"type": "tokens", "counts": {"teacher": spent}})
 
 
 class _Lazy:
@@ -239,12 +241,15 @@ def _search(
         seed=stage.search.seed,
     )
     search = SEARCHES[stage.search.name](setting)
+    if stage.extend and _ended(stage.records) is not None:
+        stage.records.append({"type": "extended"})
+    ended = _ended(stage.records)
     limits = Limits(
         window=stage.search.window,
         tokens_per_sequence=stage.tokens_per_sequence,
-        trials=stage.caps.trials,
+        trials=stage.caps.trials if ended is None else ended["told"],
         tokens=_search_tokens(stage),
-        seconds=stage.caps.seconds,
+        seconds=stage.caps.seconds if ended is None else None,
     )
     advance = stage.reporter.stage(f"search: {stage.search.name}", stage.caps.trials)
     lowest = float("inf")
@@ -262,11 +267,22 @@ def _search(
         record=measuring.record,
         progress=progress,
     )
+    if ended is not None:
+        history = replace(history, stopped=ended["stopped"])
+    elif history.evaluations:
+        told = len(history.evaluations)
+        stage.records.append({"type": "searched", "told": told, "stopped": history.stopped})
     if history.evaluations and history.num_failed == len(history.evaluations):
         reason = history.evaluations[0].error
         raise ValueError(f"no candidate could be measured; the first failed with: {reason}")
     best = search.best
     return history, starts[0] if best is None else best
+
+
+def _ended(records: Records) -> dict[str, Any] | None:
+    """Where the search ended. The clock may have ended it, so only the journal can say."""
+    marks = [record for record in records.records if record["type"] in ("searched", "extended")]
+    return marks[-1] if marks and marks[-1]["type"] == "searched" else None
 
 
 def _search_tokens(stage: Stage) -> int | None:

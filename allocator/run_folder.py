@@ -79,6 +79,15 @@ class RunFolder:
         """Teacher caches; may be deleted at any time."""
         return self.path / "cache"
 
+    @property
+    def begun(self) -> bool:
+        """Whether the journal's header is whole: before that nothing was measured."""
+        try:
+            with self.journal.open("rb") as file:
+                return file.readline().endswith(b"\n")
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
     def make(self) -> None:
         """Create the folder.
 
@@ -117,9 +126,9 @@ def existing_run(text: str, runs: Path) -> RunFolder:
         ValueError: There is no such run.
     """
     for path in (Path(text), runs / text):
-        if (path / "journal.jsonl").is_file():
+        if (path / "config.yaml").is_file():
             return RunFolder(path)
-    known = sorted(p.parent.name for p in runs.glob("*/journal.jsonl")) if runs.is_dir() else []
+    known = sorted(p.parent.name for p in runs.glob("*/config.yaml")) if runs.is_dir() else []
     listing = f"; runs there: {', '.join(known[:8])}" if known else ""
     raise ValueError(f"no run {text!r} here or in {runs}{listing}")
 

@@ -30,7 +30,7 @@ from allocator.reporter import Reporter
 from allocator.run_folder import RunFolder, load_space, save_losses, save_space, write_text
 from allocator.solvers.dynamic import DynamicProgram
 from allocator.tables import TableStore
-from objectives.calibration import Calibration, CalibrationRequest, build_calibration
+from objectives.calibration import SPLITS, Calibration, CalibrationRequest, build_calibration
 from objectives.loading import LoadedModel, find_model, resolve_device, resolve_dtype
 from search_spaces.build import SpaceRequest, build_space
 from search_spaces.models import skeleton
@@ -70,6 +70,20 @@ def price(config: RunConfig) -> tuple[SearchSpace, Budget]:
     return space, resolve_budget(config.budget, space)
 
 
+def check_start(config: RunConfig, folder: RunFolder) -> tuple[SearchSpace, Budget]:
+    """Refuse what can be refused before the model is loaded; else the space and the budget.
+
+    Raises:
+        ValueError: As :func:`price`, or the folder already holds a run.
+    """
+    if folder.begun:
+        raise ValueError(
+            f"the run folder {folder.path} already holds a run: continue it with "
+            f"'allocator resume {folder.path}' or choose another name with --name"
+        )
+    return price(config)
+
+
 def start_run(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Finished:
     """Run the main job in a new folder.
 
@@ -77,12 +91,7 @@ def start_run(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Finis
         ValueError: The budget cannot be met, the text is too short, the folder already holds a run
             or cannot be written; before anything is measured.
     """
-    if folder.journal.exists():
-        raise ValueError(
-            f"the run folder {folder.path} already holds a run: continue it with "
-            f"'allocator resume {folder.path}' or choose another name with --name"
-        )
-    space, budget = price(config)
+    space, budget = check_start(config, folder)
     advance = reporter.stage("loading model and text", 2)
     threads = resolve_threads(config.measure.threads, config.execution.workers)
     loaded = load_model_for(config.model, config.measure, threads)
@@ -120,14 +129,16 @@ def resume_run(
     reporter: Reporter,
     *,
     change: Callable[[RunConfig], RunConfig] = lambda config: config,
+    extend: bool = False,
     offline: bool = False,
 ) -> Finished:
     """Continue a run, or rebuild the results of a finished one.
 
     Args:
-        folder: Of a run whose journal exists.
+        folder: Of a run; one that stopped before anything was measured starts anew.
         reporter: Shown the progress.
         change: New caps or another executor; the rest of the configuration may not change.
+        extend: Search on where an earlier session's search had ended.
         offline: Load no model: fail if anything is still to be measured.
 
     Raises:
@@ -135,6 +146,10 @@ def resume_run(
             something is missing and ``offline``.
     """
     config = change(load_config(folder.config))
+    if not folder.begun:
+        if offline:
+            raise ValueError(_unfinished(folder))
+        return start_run(config, folder, reporter)
     space = load_space(folder.space)
     budget = resolve_budget(config.budget, space)
     calibration = Calibration.load(folder.calibration)
@@ -150,7 +165,7 @@ def resume_run(
         if config != load_config(folder.config):
             save_config(config, folder.config)
         run = _Run(folder, config, space, budget, calibration, identity, reporter, None, offline)
-        return run.finish(journal)
+        return run.finish(journal, extend=extend)
 
 
 @dataclass(frozen=True)
@@ -171,10 +186,7 @@ class _Run:
     def bench(self) -> Bench:
         """The live bench of this process."""
         if self.offline:
-            raise ValueError(
-                f"the run {self.folder.path} is not finished: "
-                f"continue it with 'allocator resume {self.folder.path}'"
-            )
+            raise ValueError(_unfinished(self.folder))
         loaded = self.loaded
         if loaded is None:
             advance = self.reporter.stage("loading model", 1)
@@ -211,7 +223,7 @@ class _Run:
         )
         return EXECUTORS[execution.executor](self._factory, setting)
 
-    def finish(self, journal: Journal) -> Finished:
+    def finish(self, journal: Journal, *, extend: bool = False) -> Finished:
         """Run the pipeline and write the results."""
         tensors = self.calibration.splits
         identity = (
@@ -230,6 +242,7 @@ class _Run:
             tokens_per_sequence=int(tensors["search"].shape[1]),
             store=TableStore(self.folder.path.parent / "losses", identity),
             reporter=self.reporter,
+            extend=extend,
         )
         outcome = run_pipeline(stage)
         facts = PlanFacts(
@@ -270,11 +283,11 @@ def calibration_splits(calibration: Calibration) -> dict[str, SplitRecord]:
     """Size and hash of each split."""
     return {
         name: SplitRecord(
-            num_sequences=len(tokens),
-            sequence_length=int(tokens.shape[1]),
+            num_sequences=len(calibration.splits[name]),
+            sequence_length=int(calibration.splits[name].shape[1]),
             sha256=calibration.hashes[name],
         )
-        for name, tokens in calibration.splits.items()
+        for name in SPLITS
     }
 
 
@@ -288,6 +301,12 @@ def _identity(loaded: LoadedModel) -> ModelIdentity:
         architecture=loaded.architecture,
         config_sha256=loaded.config_sha256,
         weights_sha256=loaded.weights_sha256,
+    )
+
+
+def _unfinished(folder: RunFolder) -> str:
+    return (
+        f"the run {folder.path} is not finished: continue it with 'allocator resume {folder.path}'"
     )
 
 

@@ -158,9 +158,10 @@ def _observe(
     spent = {
         kind: count - before.get(kind, 0)
         for kind, count in bench.meter.counts.items()
-        if kind.startswith("statistics")
+        if kind.startswith("statistics") and count > before.get(kind, 0)
     }
-    records.append({"type": "tokens", "counts": spent})
+    if spent:
+        records.append({"type": "tokens", "counts": spent})
     return ScoringContext(space, bench.bank, statistics)
 
 

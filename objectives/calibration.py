@@ -115,12 +115,19 @@ class Calibration:
         return {name: hash_tokens(self.splits[name]) for name in SPLITS}
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file, which workers load by its path."""
+        """Write one safetensors file, which workers load by its path.
+
+        Raises:
+            ValueError: It cannot be written.
+        """
         metadata = {"source": self.source, "hashes": json.dumps(self.hashes)}
         temporary = path.with_suffix(".tmp")
         tensors = {name: tokens.contiguous() for name, tokens in self.splits.items()}
-        save_file(tensors, temporary, metadata=metadata)
-        temporary.replace(path)
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"cannot write the calibration tokens {path}: {error}") from error
 
     @classmethod
     def load(cls, path: Path) -> Calibration:

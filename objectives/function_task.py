@@ -28,7 +28,8 @@ class FunctionTask:
     name = "loss_increase"
 
     def __init__(self, loss: LossFunction, splits: Mapping[str, Sequence[Any]]) -> None:
-        missing = {"statistics", "search", "guard", "heldout"} - {k for k, v in splits.items() if v}
+        filled = {name for name, batches in splits.items() if len(batches)}
+        missing = {"statistics", "search", "guard", "heldout"} - filled
         if missing:
             raise ValueError(f"the splits {', '.join(sorted(missing))} have no batches")
         self._loss = loss
@@ -61,15 +62,23 @@ class FunctionTask:
 
     def likelihood_loss(self, model: nn.Module, split: str, index: int) -> Tensor:
         """The loss itself: its squared gradient is the empirical Fisher if it is a likelihood."""
-        return self._loss(model, self._splits[split][index])
+        return self._scalar(model, split, index)
 
     def loss(self, model: nn.Module, split: str, index: int) -> Tensor:
         """The loss of one batch, with a graph; it differs from what is measured by a constant."""
-        return self._loss(model, self._splits[split][index])
+        return self._scalar(model, split, index)
 
     def _absolute(self, model: nn.Module, split: str, indices: Sequence[int]) -> list[float]:
         with torch.no_grad():
-            return [float(self._loss(model, self._splits[split][i])) for i in indices]
+            return [float(self._scalar(model, split, index)) for index in indices]
+
+    def _scalar(self, model: nn.Module, split: str, index: int) -> Tensor:
+        """What the caller's function returns, if it is of use."""
+        loss = self._loss(model, self._splits[split][index])
+        if not isinstance(loss, Tensor) or loss.ndim > 0:
+            got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss(model, batch) must return a scalar tensor, got {got}")
+        return loss
 
 
 def split_batches(batches: Sequence[Any]) -> dict[str, list[Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -80,9 +81,13 @@ class LanguageTask:
         cache = TeacherCache(indices[0] if full else torch.cat(indices), torch.cat(log_probs))
         self._teachers[split] = cache
         if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")
-            save_file(cache.tensors(split), temporary)
-            temporary.replace(path)
+            try:
+                save_file(cache.tensors(split), temporary)
+                temporary.replace(path)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"cannot write the teacher cache {path}: {error}") from error
         return self._splits[split].numel()
 
     def sequence_losses(
@@ -95,38 +100,45 @@ class LanguageTask:
         with torch.inference_mode():
             for rows in torch.split(chosen, self._batch_size):
                 tokens = self._splits[split][rows]
-                logits = _logits(model, tokens).float()
-                entropy = _cross_entropy(logits, tokens)
-                cross.extend(entropy.tolist())
-                if self.name == "kl":
-                    nats.extend(self._kl(logits, split, rows).tolist())
-                else:
-                    nats.extend((entropy.cpu() - self._dense[split][rows]).tolist())
+                logits = _logits(model, tokens)
+                # One sequence at a time: a float32 copy of all logits would not fit in any cache.
+                for place, row in enumerate(rows):
+                    own, words = logits[place, None], tokens[place, None]
+                    normaliser = own.float().logsumexp(-1)
+                    entropy = float(_cross_entropy(own, words, normaliser))
+                    cross.append(entropy)
+                    if self.name == "kl":
+                        nats.append(float(self._kl(own, split, row[None], normaliser)))
+                    else:
+                        nats.append(entropy - float(self._dense[split][row]))
         return SequenceLosses(nats, cross)
 
     def likelihood_loss(self, model: nn.Module, split: str, index: int) -> Tensor:
         """Cross-entropy per token of one sequence, with a graph."""
         tokens = self._splits[split][index : index + 1]
-        return _cross_entropy(_logits(model, tokens).float(), tokens)[0]
+        return _cross_entropy(_logits(model, tokens), tokens)[0]
 
     def loss(self, model: nn.Module, split: str, index: int) -> Tensor:
         """The measured loss per token of one sequence, with a graph."""
         if self.name != "kl":
             return self.likelihood_loss(model, split, index)
         rows = torch.tensor([index])
-        return self._kl(_logits(model, self._splits[split][rows]).float(), split, rows)[0]
+        return self._kl(_logits(model, self._splits[split][rows]), split, rows)[0]
 
-    def _kl(self, logits: Tensor, split: str, rows: Tensor) -> Tensor:
+    def _kl(
+        self, logits: Tensor, split: str, rows: Tensor, normaliser: Tensor | None = None
+    ) -> Tensor:
         """(len(rows),) mean KL per token."""
         teacher = self._teachers[split]
         kept = teacher.indices if teacher.full else teacher.indices[rows].to(logits.device)
-        return kl_per_token(kept, teacher.log_probs[rows].to(logits.device), logits).mean(-1)
+        values = teacher.log_probs[rows].to(logits.device)
+        return kl_per_token(kept, values, logits, normaliser).mean(-1)
 
     def _dense_cross_entropy(self, model: nn.Module, split: str) -> Tensor:
         """(num_sequences,) of the dense model."""
         with torch.inference_mode():
             batches = torch.split(self._splits[split], self._batch_size)
-            return torch.cat([_cross_entropy(_logits(model, b).float(), b).cpu() for b in batches])
+            return torch.cat([_cross_entropy(_logits(model, b), b).cpu() for b in batches])
 
     def _cache_path(self, split: str) -> Path | None:
         if self._folder is None:
@@ -144,10 +156,10 @@ def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
     return output
 
 
-def _cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    """(batch,) mean next-token cross-entropy."""
-    targets = tokens[:, 1:].to(logits.device)
-    losses = nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none"
-    )
-    return losses.view(targets.shape).mean(-1)
+def _cross_entropy(logits: Tensor, tokens: Tensor, normaliser: Tensor | None = None) -> Tensor:
+    """(batch,) mean next-token cross-entropy in float32."""
+    targets = tokens[:, 1:, None].to(logits.device)
+    if normaliser is None:
+        normaliser = logits.float().logsumexp(-1)
+    chosen = logits[:, :-1].gather(-1, targets).squeeze(-1).float()
+    return (normaliser[:, :-1] - chosen).mean(-1)

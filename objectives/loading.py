@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from objectives.embedded import EMBEDDED_MODELS, prepare_embedded
-from objectives.quiet import quiet_transformers
+from search_spaces.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ into the accumulators as soon as they appear, so that memory is one float32 accu
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
@@ -80,31 +80,37 @@ def collect_statistics(
         member.name: Statistics(
             second_moment=moments.second_moment(member) if "second_moment" in needs else None,
             hessian=moments.hessian(member) if "hessian" in needs else None,
-            fisher=fisher.sums[member.name] * scale if "fisher" in needs else None,
+            fisher=fisher.sum(member) * scale if "fisher" in needs else None,
         )
         for member in members
     }
 
 
 @contextmanager
-def trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let gradients reach these parameters, and nothing else change."""
-    before = [parameter.requires_grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+def only_trainable(model: nn.Module, parameters: Collection[nn.Parameter]) -> Iterator[None]:
+    """Let gradients reach these parameters of a model and no others.
+
+    The flags and gradients that the caller left on the model are set aside, since a gradient would
+    be added to, and put back afterwards.
+    """
+    chosen = {id(parameter) for parameter in parameters}
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    for parameter, _, _ in before:
+        parameter.requires_grad_(id(parameter) in chosen)
+        parameter.grad = None
     try:
         yield
     finally:
-        for parameter, flag in zip(parameters, before, strict=True):
+        for parameter, flag, gradient in before:
             parameter.requires_grad_(flag)
-            parameter.grad = None
+            parameter.grad = gradient
 
 
 @contextmanager
 def gradient_hooks(
-    parameters: Mapping[str, nn.Parameter], consume: Callable[[str, Tensor], None]
+    model: nn.Module, names: Collection[str], consume: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Hand each parameter's gradient to ``consume`` the moment it is complete, then free it."""
+    """Hand each named parameter's gradient to ``consume`` once it is complete, then free it."""
 
     def folding(name: str) -> Callable[[Tensor], None]:
         def fold(leaf: Tensor) -> None:
@@ -114,7 +120,8 @@ def gradient_hooks(
 
         return fold
 
-    with trainable(list(parameters.values())):
+    parameters = {name: model.get_parameter(name) for name in names}
+    with only_trainable(model, parameters.values()):
         handles = [
             parameter.register_post_accumulate_grad_hook(folding(name))  # type: ignore[no-untyped-call]
             for name, parameter in parameters.items()
@@ -130,20 +137,28 @@ class _SquaredGradients:
     """Sums of squared gradients by member, (matrices, rows, columns) or (rows, columns)."""
 
     def __init__(self, model: nn.Module, members: Sequence[Member]) -> None:
+        self._model = model
         self._members = {member.name: member for member in members}
-        self._parameters = {name: model.get_parameter(name) for name in self._members}
-        self.sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
 
     def listening(self) -> AbstractContextManager[None]:
-        return gradient_hooks(self._parameters, self._fold)
+        return gradient_hooks(self._model, self._members, self._fold)
+
+    def sum(self, member: Member) -> Tensor:
+        """Of the member's shape; zeros where the loss never depended on it."""
+        if member.name not in self._sums:
+            logger.warning("the loss does not depend on %s: its Fisher is zero", member.name)
+            device = self._model.get_parameter(member.name).device
+            return torch.zeros(member.shape, device=device)
+        return self._sums[member.name]
 
     def _fold(self, name: str, gradient: Tensor) -> None:
         squared = logical(gradient, self._members[name]).float().square()
         squared = squared if len(self._members[name].shape) == 3 else squared.squeeze(0)
-        if name in self.sums:
-            self.sums[name] += squared
+        if name in self._sums:
+            self._sums[name] += squared
         else:
-            self.sums[name] = squared
+            self._sums[name] = squared
 
 
 class _InputMoments:

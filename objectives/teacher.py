@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_FLOOR = 1e-12  # probability below which the lumped tail is treated as empty
+# Probability below which a lumped tail counts as empty: one minus a float32 sum of probabilities is
+# no more exact, and a student's tail lost to rounding must not make the bound exceed the full KL.
+_FLOOR = 2.0**-20
 
 
 @dataclass(frozen=True)
@@ -62,23 +64,27 @@ def keep_top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return top.indices.to(torch.int32), top.values
 
 
-def kl_per_token(indices: Tensor, log_probs: Tensor, logits: Tensor) -> Tensor:
+def kl_per_token(
+    indices: Tensor, log_probs: Tensor, logits: Tensor, normaliser: Tensor | None = None
+) -> Tensor:
     """KL(dense || compressed) of each position.
 
     Args:
         indices: (batch, length, k) int32 kept outcomes, or (0,) when all are kept.
         log_probs: (batch, length, k) float32 log-probabilities of the dense model.
         logits: (batch, length, vocabulary) of the compressed model.
+        normaliser: (batch, length) float32 log-sum-exp of the logits, where it is known already.
 
     Returns:
         (batch, length) float32, nats; never below zero beyond rounding.
     """
-    logits = logits.float()
-    normaliser = logits.logsumexp(-1, keepdim=True)
+    if normaliser is None:
+        normaliser = logits.float().logsumexp(-1)
     kept = logits if indices.ndim == 1 else logits.gather(-1, indices.long())
-    student = kept - normaliser
+    student = kept.float() - normaliser.unsqueeze(-1)
     probs = log_probs.exp()
-    kl = (probs * (log_probs - student)).sum(-1)
+    # Models that mask unused outcomes give both -inf there; they cost nothing.
+    kl = torch.where(probs == 0, 0.0, probs * (log_probs - student)).sum(-1)
     if indices.ndim == 1:
         return kl
     tail = (1 - probs.sum(-1)).clamp_min(0.0)

@@ -56,6 +56,11 @@ PRESETS: Registry[Preset] = Registry(
                 _bits(64, symmetric=False),
             ),
             Preset(
+                "bits-g32",
+                "round to nearest at 2, 3, 4, 5, 6 or 8 bits in groups of 32",
+                _bits(32, symmetric=True),
+            ),
+            Preset(
                 "bits-g128",
                 "round to nearest at 2, 3, 4, 5, 6 or 8 bits in groups of 128",
                 _bits(128, symmetric=True),

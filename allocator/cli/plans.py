@@ -122,7 +122,7 @@ def apply(
     dtype: Annotated[str, typer.Option(help="Of the checkpoint; auto: as measured.")] = "auto",
 ) -> None:
     """Write the compressed model: a checkpoint that transformers loads, or one packed file."""
-    from allocator.apply import write_checkpoint, write_packed
+    from allocator.apply import check_model, write_checkpoint, write_packed
     from objectives.loading import load_model
 
     loaded_plan = load_plan(_plan_file(plan))
@@ -130,6 +130,12 @@ def apply(
         raise ValueError(f"--dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
     loaded = load_model(model, dtype=loaded_plan.dtype, device="cpu")
     if packed:
+        check_model(
+            loaded_plan,
+            loaded.model,
+            config_sha256=loaded.config_sha256,
+            weights_sha256=loaded.weights_sha256,
+        )
         output.mkdir(parents=True, exist_ok=True)
         path = output / "model.packed.safetensors"
         write_packed(loaded.model, loaded_plan, path)

@@ -17,7 +17,7 @@ from allocator.pipeline import additive_problem
 from allocator.plan import load_plan, save_plan
 from allocator.plan_build import PlanFacts, solved_plan
 from allocator.run_folder import existing_run, load_losses, load_space, run_folder
-from allocator.runner import Finished, default_name, resume_run, start_run
+from allocator.runner import Finished, check_start, default_name, resume_run, start_run
 from allocator.searches import SEARCHES
 from allocator.solvers import SOLVERS
 from objectives.sensitivity import SCORERS
@@ -25,6 +25,16 @@ from objectives.sensitivity import SCORERS
 Runs = Annotated[Path, typer.Option(help="Folder that holds the runs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines; no progress.")]
 _RUNS = Path("runs")
+# Options that are not called like their place in the configuration.
+_OPTIONS = {
+    "data.statistics": "num-statistics",
+    "data.search": "num-search",
+    "data.guard": "num-guard",
+    "data.heldout": "num-heldout",
+    "data.seed": "data-seed",
+    "search.name": "search",
+    "caps.seconds": "time",
+}
 
 
 def search(
@@ -124,12 +134,20 @@ def search(
     config = _config(data)
     base = name or default_name(model, "").rstrip("-")
     many = len(budgets) > 1 or name is None
-    names = [f"{base}-{b.replace('%', 'pct')}" if many else base for b in budgets]
+    jobs = [
+        (
+            config.model_copy(update={"budget": word}),
+            run_folder(runs, f"{base}-{word.replace('%', 'pct')}" if many else base),
+        )
+        for word in budgets
+    ]
+    if len(jobs) > 1:  # a mistake in the last budget must not show after hours of the first
+        for one, folder in jobs:
+            check_start(one, folder)
     found = []
-    for word, one in zip(budgets, names, strict=True):
+    for one, folder in jobs:
         with reporting(quiet=as_json) as reporter:
-            folder = run_folder(runs, one)
-            run = start_run(config.model_copy(update={"budget": word}), folder, reporter)
+            run = start_run(one, folder, reporter)
         found.append(run)
         if not as_json:
             print_finished(run)
@@ -151,15 +169,18 @@ def resume(
     caps: dict[str, Any] = {"trials": trials, "tokens": tokens}
     caps["seconds"] = None if time is None else parse_duration(time)
     execution = {"executor": executor, "workers": workers}
+    extend = any(value is not None for value in caps.values())
 
     def change(config: RunConfig) -> RunConfig:
         data = config.model_dump()
+        if extend and time is None:
+            data["caps"]["seconds"] = None  # the old limit would end this session too
         data["caps"] |= {key: value for key, value in caps.items() if value is not None}
         data["execution"] |= {key: value for key, value in execution.items() if value is not None}
         return _config(data)
 
     with reporting(quiet=as_json) as reporter:
-        finished = resume_run(existing_run(run, runs), reporter, change=change)
+        finished = resume_run(existing_run(run, runs), reporter, change=change, extend=extend)
     if as_json:
         print_json(summary(finished))
     else:
@@ -266,7 +287,8 @@ def _config(data: dict[str, Any]) -> RunConfig:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        option = str(first["loc"][-1]).replace("_", "-")
+        place = ".".join(str(part) for part in first["loc"])
+        option = _OPTIONS.get(place, place.rpartition(".")[2].replace("_", "-"))
         raise ValueError(f"--{option}: {first['msg']}, got {first['input']!r}") from error
     for table, word in (
         (SEARCHES, config.search.name),

@@ -14,7 +14,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
-    TaskID,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -33,16 +33,20 @@ class RichReporter:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._task: TaskID | None = None
+        self._task: Task | None = None
 
     def stage(self, label: str, total: int | None) -> Advance:
-        """Begin a stage; the one before is finished."""
+        """Begin a stage; the one before is finished, unless it goes on later."""
         self.finish()
-        task = self._progress.add_task(label, total=total, detail="")
+        number = self._progress.add_task(label, total=total, detail="")
+        task = next(task for task in self._progress.tasks if task.id == number)
         self._task = task
 
         def advance(done: int, text: str) -> None:
-            self._progress.update(task, completed=done, detail=text)
+            if self._task is not task:
+                self.finish()
+                task.total, task.stop_time, self._task = total, None, task
+            self._progress.update(number, completed=done, detail=text)
 
         return advance
 
@@ -53,10 +57,9 @@ class RichReporter:
     def finish(self) -> None:
         """Fill the bar of the stage that just ended, whose length may have been unknown."""
         if self._task is not None:
-            task = next(t for t in self._progress.tasks if t.id == self._task)
-            done = max(task.completed, 1)
-            self._progress.update(self._task, total=done, completed=done)
-            self._progress.stop_task(self._task)
+            done = max(self._task.completed, 1)
+            self._progress.update(self._task.id, total=done, completed=done)
+            self._progress.stop_task(self._task.id)
 
 
 @contextmanager

@@ -39,15 +39,16 @@ class ModelGuidedOptions:
         exploit_every: Every so many proposals the posterior mean is decoded instead of a sample.
         temperature: Scales the samples' deviation from the posterior mean. In a thousand dimensions
             an exact optimum of a full posterior sample mostly fits the sample's noise.
-        least_changes: Fewest units a proposal may change of the best assignment.
+        least_changes: The trust radius never falls below this share of the units.
+        shrink: Factor of the trust radius after a proposal that was not the best.
     """
 
     spreads: Spreads = field(default_factory=Spreads)
     confirm_every: int = 6
     exploit_every: int = 3
     temperature: float = 0.5
-    least_changes: int = 4
-    shrink: float = 0.9
+    least_changes: float = 0.1
+    shrink: float = 0.95
 
     def __post_init__(self) -> None:
         if self.confirm_every < 1 or self.exploit_every < 1:
@@ -60,6 +61,7 @@ class ModelGuidedOptions:
 _DEFAULTS = ModelGuidedOptions()
 _MOST_ATTEMPTS = 8
 _BISECTIONS = 10
+_FIRST_TUNING = 16  # observations
 
 
 def _distance(ours: Assignment, theirs: Assignment) -> int:
@@ -91,6 +93,7 @@ class ModelGuided:
         self._asked: set[tuple[Assignment, Fidelity]] = set()
         self._num_asked = 0
         self._radius = float(len(setting.problem.bytes))
+        self._next_tuning = float(_FIRST_TUNING)
 
     def ask(self, count: int, pending: Collection[Assignment]) -> list[Proposal]:
         """The opening first; then posterior samples, decoded exactly.
@@ -212,15 +215,17 @@ class ModelGuided:
             self._surrogate.add(self._observe(evaluation, total))
             self._adapt(before, evaluation.assignment)
         self._waiting = []
+        if self._surrogate.num_observations >= self._next_tuning:
+            self._next_tuning = self._surrogate.num_observations * 1.5
+            self._surrogate.tune()
 
     def _adapt(self, before: Assignment | None, told: Assignment) -> None:
         """Widen the trust radius after an improvement, narrow it after a proposal that failed."""
         if before is None or told == before or told in self._setting.starts:
             return
         factor = 1.5 if self.best == told else self._options.shrink
-        self._radius = min(
-            max(self._radius * factor, self._options.least_changes), float(len(told))
-        )
+        least = max(2.0, self._options.least_changes * len(told))
+        self._radius = min(max(self._radius * factor, least), float(len(told)))
 
     def _make_surrogate(self, reference_loss: float) -> Surrogate:
         """The table scaled so that it explains the first start's measured loss."""

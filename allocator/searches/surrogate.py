@@ -12,7 +12,8 @@ whole table is one small linear solve (Matheron's rule).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,13 +40,28 @@ class Spreads:
         misfit: Of the part of one assignment's loss that no sum of cells explains.
     """
 
-    overall: float = 0.3
+    overall: float = 0.2
     kind: float = 0.3
-    depth: float = 0.2
+    depth: float = 0.3
     unit: float = 0.3
     cell: float = 0.3
-    offset: float = 0.3
-    misfit: float = 0.02
+    offset: float = 0.2
+    misfit: float = 0.05
+
+    def scaled(self, corrections: float, misfit: float) -> Spreads:
+        """With the cells' corrections multiplied and another misfit."""
+        return replace(
+            self,
+            kind=self.kind * corrections,
+            depth=self.depth * corrections,
+            unit=self.unit * corrections,
+            cell=self.cell * corrections,
+            misfit=misfit,
+        )
+
+
+_CORRECTIONS = (0.5, 1.0, 2.0)
+_MISFITS = (0.01, 0.025, 0.05, 0.1)
 
 
 @dataclass(frozen=True)
@@ -81,31 +97,30 @@ class Surrogate:
         self._prior = np.concatenate(cells)
         unit_of = np.repeat(np.arange(len(cells)), [len(row) for row in cells])
         options = [(u, o) for u, row in enumerate(cells) for o in range(len(row))]
-        groups = [
-            (np.zeros_like(unit_of), spreads.overall),
-            (
-                _number([(kinds[u], o) for u, o in options]),
-                spreads.kind,
-            ),
-            (
-                _number([(depths[u], o) for u, o in options]),
-                spreads.depth,
-            ),
-            (unit_of, spreads.unit),
-            (np.arange(len(unit_of)), spreads.cell),
-        ]
-        self._groups = [(index, int(index.max()) + 1) for index, _ in groups]
-        sizes = [size for _, size in self._groups]
-        self._begins = np.concatenate([[0], np.cumsum(sizes)])
-        scales = [np.full(size, spread) for (_, spread), size in zip(groups, sizes, strict=True)]
-        offset = np.array([spreads.offset * reference_loss])
-        self._variances: Vector = np.concatenate([*scales, offset]) ** 2
-        self._misfit = (spreads.misfit * reference_loss) ** 2
+        groups = (
+            np.zeros_like(unit_of),
+            _number([(kinds[u], o) for u, o in options]),
+            _number([(depths[u], o) for u, o in options]),
+            unit_of,
+            np.arange(len(unit_of)),
+        )
+        self._groups = [(index, int(index.max()) + 1) for index in groups]
+        self._begins = np.concatenate([[0], np.cumsum([size for _, size in self._groups])])
+        self._base = spreads
+        self._reference_loss = reference_loss
+        self._variances: Vector
+        self._misfit: float
+        self._factor: tuple[Vector, Vector] | None
+        self._spread(spreads)
         self._features: Vector = np.empty((0, len(self._variances)))
         self._observations: list[Observation] = []
         self._rows: dict[Assignment, int] = {}
         self._distinct: list[int] = []
-        self._factor: tuple[Vector, Vector] | None = None
+
+    @property
+    def num_observations(self) -> int:
+        """Measurements taken in."""
+        return len(self._observations)
 
     def add(self, observation: Observation) -> None:
         """Take in one measurement."""
@@ -114,6 +129,19 @@ class Surrogate:
         self._distinct.append(self._rows.setdefault(observation.assignment, len(self._rows)))
         self._observations.append(observation)
         self._factor = None
+
+    def tune(self) -> None:
+        """Choose how far to trust the prior, and misfit, by the evidence of what was measured.
+
+        The log marginal likelihood of the observations is maximised over a small grid: with few
+        observations the prior wins, with many the data do.
+        """
+        grid = [self._base.scaled(c, m) for c, m in product(_CORRECTIONS, _MISFITS)]
+        evidence = []
+        for spreads in grid:
+            self._spread(spreads)
+            evidence.append(self._log_evidence())
+        self._spread(grid[int(np.argmax(evidence))])
 
     def table(
         self, rng: np.random.Generator | None = None, *, temperature: float = 1.0
@@ -148,6 +176,22 @@ class Surrogate:
         means, _ = self._posterior_at_observed()
         known = list(self._rows)
         return [known[i] for i in np.argsort(means, kind="stable")]
+
+    def _spread(self, spreads: Spreads) -> None:
+        """Use these prior deviations from now on."""
+        relative = (spreads.overall, spreads.kind, spreads.depth, spreads.unit, spreads.cell)
+        sizes = [size for _, size in self._groups]
+        scales = [np.full(size, spread) for size, spread in zip(sizes, relative, strict=True)]
+        offset = np.array([spreads.offset * self._reference_loss])
+        self._variances = np.concatenate([*scales, offset]) ** 2
+        self._misfit = (spreads.misfit * self._reference_loss) ** 2
+        self._factor = None
+
+    def _log_evidence(self) -> float:
+        """Log marginal likelihood of the observations, up to a constant."""
+        inverse, residual = self._solve()
+        _, log_determinant = np.linalg.slogdet(inverse)
+        return float(0.5 * (log_determinant - residual @ inverse @ residual))
 
     def _posterior_at_observed(self) -> tuple[Vector, Vector]:
         """Posterior mean and deviation of each distinct assignment's true loss."""

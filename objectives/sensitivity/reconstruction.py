@@ -34,5 +34,6 @@ class Reconstruction:
                 )
             moment = stats.second_moment.to(error.device)
             energy = weighted_square(weight, moment)
-            total += weighted_square(error, moment) / energy if energy > 0 else 0.0
+            # NaN stays NaN
+            total += weighted_square(error, moment) / energy if energy != 0 else 0.0
         return total

@@ -22,5 +22,5 @@ class RelativeError:
         for _, weight, error, _ in context.errors(unit, option):
             energy = float(weight.square().sum(dtype=torch.float64))
             lost = float(error.square().sum(dtype=torch.float64))
-            total += lost / energy if energy > 0 else 0.0
+            total += lost / energy if energy != 0 else 0.0  # NaN stays NaN
         return total

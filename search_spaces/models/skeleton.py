@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torch import device, nn
 
+from search_spaces.quiet import quiet_transformers
+
 
 def skeleton(model_id_or_folder: str | Path) -> nn.Module:
     """The causal language model of a configuration, on the meta device.
@@ -24,8 +26,8 @@ def skeleton(model_id_or_folder: str | Path) -> nn.Module:
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
         raise ValueError(f"no model folder {name!r}; give a hub id or a folder with a config.json")
     try:
-        config = AutoConfig.from_pretrained(name)
-        with device("meta"):
+        with quiet_transformers(), device("meta"):
+            config = AutoConfig.from_pretrained(name)
             model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".:")

@@ -1,5 +1,7 @@
-"""One Ray cluster for all tests that need one."""
+"""One Ray cluster for all tests that need one, and processes that need not import everything."""
 
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -26,3 +28,34 @@ def ray_session():
     ray.cloudpickle.register_pickle_by_value(toy_measure)
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def spawn(tmp_path_factory):
+    """Starts ``allocator WORDS`` in a process forked from one that has imported everything."""
+    from cli_runs import run_alone
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["warm_start"])
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS", "COLUMNS")}
+    here = str(Path(__file__).parent)
+    os.environ |= {"PYTHONPATH": here, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
+    nowhere = tmp_path_factory.mktemp("logs") / "log.txt"
+    started = []
+
+    def spawn(*words, log=nowhere, largest_file=None):
+        arguments = ([str(word) for word in words], log, largest_file)
+        process = context.Process(target=run_alone, args=arguments)
+        process.start()
+        started.append(process)
+        return process
+
+    yield spawn
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+    for process in started:
+        process.kill()
+        process.join()

@@ -23,7 +23,8 @@ def test_preset_is_a_menu(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("bits", 2.25), ("bits-asymmetric", 2.28125), ("bits-g128", 2.125)]
+    ("name", "least"),
+    [("bits", 2.25), ("bits-asymmetric", 2.28125), ("bits-g32", 2.5), ("bits-g128", 2.125)],
 )
 def test_span_includes_scales_and_zero_points(name, least):
     assert PRESETS[name].bits_per_weight == (least, 16.0)

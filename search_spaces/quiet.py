@@ -2,7 +2,7 @@
 
 The problem this file solves: transformers draws progress bars for everything and imports torchao
 where it is installed, which logs what it could not load. None of that concerns the user; whatever
-does (weights that do not fit, for example) is checked and said by the loader itself.
+does (weights that do not fit, for example) is checked and said by the loaders themselves.
 """
 
 from __future__ import annotations
