@@ -12,7 +12,7 @@ RUN_BUDGET := 3.25bpw
 .PHONY: run test lint test-slow test-embedded test-all bench-solvers bench-searches schema clean
 
 run: $(STAMP)
-	$(BIN)/allocator search $(RUN_MODEL) --space bits --budget $(RUN_BUDGET) --time 4m \
+	$(BIN)/allocator search $(RUN_MODEL) --space bits --budget $(RUN_BUDGET) --time 210s \
 	  --name demo-$$(date +%Y%m%d-%H%M%S)
 
 test: lint

@@ -44,7 +44,7 @@ class DataConfig(_Strict):
     statistics: Positive = 64
     search: Positive = 64
     guard: Positive = 32
-    heldout: Positive = 64
+    heldout: Positive = 32
     seed: Seed = 0
 
 
@@ -76,7 +76,7 @@ class SearchConfig(_Strict):
     scorers: tuple[str, ...] = ("blend", "fisher", "reconstruction", "relative_error")
     seed: Seed = 0
     window: Positive = 4
-    batch: Positive = 8
+    batch: Positive = 4
 
 
 class CapsConfig(_Strict):

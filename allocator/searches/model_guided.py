@@ -39,6 +39,8 @@ class ModelGuidedOptions:
         exploit_every: Every so many proposals the posterior mean is decoded instead of a sample.
         temperature: Scales the samples' deviation from the posterior mean. In a thousand dimensions
             an exact optimum of a full posterior sample mostly fits the sample's noise.
+        first_changes: Share of the units that a proposal may change of the best assignment, at
+            first: the trust radius.
         least_changes: The trust radius never falls below this share of the units.
         shrink: Factor of the trust radius after a proposal that was not the best.
     """
@@ -47,6 +49,7 @@ class ModelGuidedOptions:
     confirm_every: int = 6
     exploit_every: int = 3
     temperature: float = 0.5
+    first_changes: float = 0.3
     least_changes: float = 0.1
     shrink: float = 0.95
 
@@ -92,7 +95,7 @@ class ModelGuided:
         self._surrogate: Surrogate | None = None
         self._asked: set[tuple[Assignment, Fidelity]] = set()
         self._num_asked = 0
-        self._radius = float(len(setting.problem.bytes))
+        self._radius = max(2.0, options.first_changes * len(setting.problem.bytes))
         self._next_tuning = float(_FIRST_TUNING)
 
     def ask(self, count: int, pending: Collection[Assignment]) -> list[Proposal]:

@@ -11,6 +11,8 @@ from cli_runs import MODEL, TEXT, allocator, load, records, search, search_argum
 from safetensors.torch import load_file, save_file
 
 from allocator.plan import load_plan
+from objectives.calibration import CalibrationRequest, build_calibration
+from objectives.loading import load_model
 
 
 @pytest.fixture(scope="module")
@@ -208,25 +210,23 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(spawn, limit, tmp_path):
 
 
 def near_overflow(folder, share):
-    """A copy of the model whose first MLP is within a factor of overflowing float32.
+    """A copy of the model whose first MLP is within a factor of overflowing float32 on our text.
 
     ``up_proj`` is scaled up and ``down_proj`` down by as much: the function stays, until a change
     upstream makes the product that lies between them infinite.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     shutil.copytree(MODEL, folder)
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    ids = tokenizer(TEXT.read_text()[:60_000], return_tensors="pt", verbose=False)["input_ids"][0]
+    loaded = load_model(str(MODEL), dtype="float32", device="cpu")
+    request = CalibrationRequest(
+        str(TEXT), sequence_length=128, num_statistics=4, num_search=8, num_guard=4, num_heldout=4
+    )
     seen = []
-    mlp = model.model.layers[0].mlp
-    hook = mlp.down_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0].abs().max()))
+    first = loaded.model.model.layers[0].mlp.down_proj
+    first.register_forward_pre_hook(lambda _, inputs: seen.append(float(inputs[0].abs().max())))
     with torch.inference_mode():
-        for window in ids[: len(ids) // 128 * 128].reshape(-1, 128).split(16):
-            model(window)
-    hook.remove()
-    factor = share * torch.finfo(torch.float32).max / float(max(seen))
+        for tokens in build_calibration(request, loaded.tokenizer).splits.values():
+            loaded.model(tokens)
+    factor = share * torch.finfo(torch.float32).max / max(seen)
     weights = {k: v.float() for k, v in load_file(MODEL / "model.safetensors").items()}
     weights["model.layers.0.mlp.up_proj.weight"] *= factor
     weights["model.layers.0.mlp.down_proj.weight"] /= factor
