@@ -99,6 +99,8 @@ def build_tables(
     Raises:
         ValueError: An unknown scorer, or the first one cannot serve this space.
     """
+    left_out = {record["scorer"] for record in records.records if record["type"] == "left_out"}
+    scorers = [name for name in scorers if name not in left_out]
     rows = {name: _recorded(records, name, space) for name in scorers}
     for name in scorers:
         known = None if store is None or _complete(rows[name]) else store.load(name, space)
@@ -116,6 +118,7 @@ def build_tables(
                 if name == scorers[0]:
                     raise
                 reporter.note(f"the {name} scorer is left out: {error}")
+                records.append({"type": "left_out", "scorer": name, "reason": str(error)})
                 del rows[name]
     tables = {
         name: LossTable(name, SCORERS[name].unit, tuple(np.array(row, float) for row in table))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from search_spaces.operators import Operator, Statistics
@@ -73,15 +74,19 @@ class Bank:
         return made
 
     def make(self, unit: int, operator: Operator) -> tuple[Tensor, ...]:
-        """Compress the dense parameters of a unit, without keeping the result."""
-        return tuple(
-            compress_member(
-                dense, member, operator, self._statistics.get(member.name, _NO_STATISTICS)
-            )
-            for dense, member in zip(
-                self._dense[unit], self._space.units[unit].members, strict=True
-            )
-        )
+        """Compress the dense parameters of a unit, without keeping the result.
+
+        Raises:
+            ValueError: The result is not finite. Fused attention kernels can hide that from the
+                loss, so it is refused here.
+        """
+        made = []
+        for dense, member in zip(self._dense[unit], self._space.units[unit].members, strict=True):
+            stats = self._statistics.get(member.name, _NO_STATISTICS)
+            made.append(compress_member(dense, member, operator, stats))
+            if not torch.isfinite(made[-1]).all():
+                raise ValueError(f"{member.name} under {operator.label} is not finite")
+        return tuple(made)
 
     def swap(self, assignment: Assignment) -> None:
         """Point every unit's parameters at its option; only units that differ are touched."""

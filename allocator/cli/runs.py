@@ -132,25 +132,7 @@ def search(
         },
     }
     config = _config(data)
-    base = name or default_name(model, "").rstrip("-")
-    many = len(budgets) > 1 or name is None
-    jobs = [
-        (
-            config.model_copy(update={"budget": word}),
-            run_folder(runs, f"{base}-{word.replace('%', 'pct')}" if many else base),
-        )
-        for word in budgets
-    ]
-    if len(jobs) > 1:  # a mistake in the last budget must not show after hours of the first
-        for one, folder in jobs:
-            check_start(one, folder)
-    found = []
-    for one, folder in jobs:
-        with reporting(quiet=as_json) as reporter:
-            run = start_run(one, folder, reporter)
-        found.append(run)
-        if not as_json:
-            print_finished(run)
+    found = _run_all(config, budgets, runs=runs, name=name, quiet=as_json)
     if as_json:
         print_json([summary(run) for run in found])
 
@@ -279,6 +261,31 @@ def summary(run: Finished) -> dict[str, Any]:
     """A finished run for machines: the plan without its units."""
     plan = run.plan.model_dump(mode="json", exclude={"units", "fixed"})
     return {"folder": str(run.folder.path), "plan": str(run.folder.plan), **plan}
+
+
+def _run_all(
+    config: RunConfig, budgets: tuple[str, ...], *, runs: Path, name: str | None, quiet: bool
+) -> list[Finished]:
+    """One run per budget, each checked before the first starts."""
+    base = name or default_name(config.model, "").rstrip("-")
+    many = len(budgets) > 1 or name is None
+    jobs = [
+        (
+            config.model_copy(update={"budget": word}),
+            run_folder(runs, f"{base}-{word.replace('%', 'pct')}" if many else base),
+        )
+        for word in budgets
+    ]
+    if len(jobs) > 1:  # a mistake in the last budget must not show after hours of the first
+        for one, folder in jobs:
+            check_start(one, folder)
+    found = []
+    for one, folder in jobs:
+        with reporting(quiet=quiet) as reporter:
+            found.append(start_run(one, folder, reporter))
+        if not quiet:
+            print_finished(found[-1])
+    return found
 
 
 def _config(data: dict[str, Any]) -> RunConfig:

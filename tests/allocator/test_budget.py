@@ -55,6 +55,7 @@ def test_space_weighs_what_this_file_computes_with():
         ("1gb", 10**9),
         ("1TB", 10**12),
         ("0.5TiB", 2**39),
+        ("9007199254740993", 2**53 + 1),
         ("20000.9", 20_000),
         ("20.0009KB", 20_000),
         ("100%", 2 * NUM_WEIGHTS + SPACE.overhead_bytes),

@@ -169,6 +169,16 @@ def test_bank_keeps_what_was_used_last_up_to_its_cap():
     assert bank.made == 4
 
 
+def test_swap_compresses_nothing_but_what_differs():
+    model = random_model("llama")
+    space = offering(build_space(model, SpaceRequest()), *MENU)
+    bank = CountingBank(model, space, most_bytes=0)
+    bank.swap((0,) * len(space.units))
+    assert bank.made == len(space.units)
+    bank.swap((0,) * (len(space.units) - 1) + (2,))
+    assert bank.made == len(space.units) + 1
+
+
 def test_option_larger_than_the_cap_is_made_but_not_kept():
     model = random_model("llama")
     space = offering(build_space(model, SpaceRequest()), *MENU)
@@ -216,6 +226,21 @@ def test_split_first_used_while_swapped_is_compared_with_the_dense_model():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_option_that_is_not_finite_is_refused_even_where_attention_would_hide_it(value):
+    model = random_model("llama")
+    before = snapshot(model)
+    space, bank, evaluator, _ = bench(model, SpaceRequest(), (Poison(value=value), MENU[0]))
+    query = next(i for i, unit in enumerate(space.units) if unit.kind == "q_proj")
+    fine = (0,) * len(space.units)
+    reference = evaluator(fine, ALL)
+    with pytest.raises(ValueError, match=r"q_proj\.weight under .* is not finite"):
+        evaluator((*fine[:query], 1, *fine[query + 1 :]), ALL)
+    assert evaluator(fine, ALL) == reference
+    bank.restore()
+    assert_same_weights(model, before)
+
+
+@pytest.mark.parametrize("value", [1e38])
 def test_candidate_with_a_non_finite_loss_has_failed_and_harms_no_other(value):
     model = random_model("llama")
     before = snapshot(model)
@@ -224,7 +249,6 @@ def test_candidate_with_a_non_finite_loss_has_failed_and_harms_no_other(value):
     labels = [option.operator.name for option in space.menus[0]]
     assert labels == ["round_to_nearest", "poison"]
     reference = evaluator(fine, ALL)
-    # Not a query projection: fused attention kernels hide what is not finite there.
     last = next(i for i, unit in reversed(list(enumerate(space.units))) if unit.kind == "down_proj")
     bad = evaluator((*fine[:last], 1, *fine[last + 1 :]), ALL)
     assert not bad.ok
