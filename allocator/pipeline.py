@@ -158,10 +158,15 @@ class Measuring:
     @property
     def executor(self) -> Executor:
         """What measures, started when first needed."""
+        self.start()
+        assert self._executor is not None
+        return self._executor
+
+    def start(self) -> None:
+        """Run the dense model on what will be measured, then start what measures."""
         if self._executor is None:
             self._prepare()
             self._executor = self._stage.executor()
-        return self._executor
 
     def record(self, evaluation: Evaluation) -> None:
         """Make a measurement durable."""
@@ -251,21 +256,15 @@ def _search(
         tokens=_search_tokens(stage),
         seconds=stage.caps.seconds if ended is None else None,
     )
-    advance = stage.reporter.stage(f"search: {stage.search.name}", stage.caps.trials)
-    lowest = float("inf")
-
-    def progress(state: Progress) -> None:
-        nonlocal lowest
-        lowest = min(lowest, state.evaluation.loss_nats)
-        advance(state.num_told, f"least {lowest:.4g} nats, {state.num_tokens:,} tokens")
-
+    if ended is None:
+        measuring.start()  # before the search, whose clock it would eat
     history = run_search(
         search,
         _Lazy(measuring),
         limits=limits,
         cache=measuring.cache,
         record=measuring.record,
-        progress=progress,
+        progress=_shown(stage, limits),
     )
     if ended is not None:
         history = replace(history, stopped=ended["stopped"])
@@ -277,6 +276,25 @@ def _search(
         raise ValueError(f"no candidate could be measured; the first failed with: {reason}")
     best = search.best
     return history, starts[0] if best is None else best
+
+
+def _shown(stage: Stage, limits: Limits) -> Callable[[Progress], None]:
+    """Shows the search against the cap that will end it: trials, else tokens, else the clock."""
+    total = limits.trials or limits.tokens or int(limits.seconds or 0) or None
+    advance = stage.reporter.stage(f"search: {stage.search.name}", total)
+    lowest = float("inf")
+
+    def show(state: Progress) -> None:
+        nonlocal lowest
+        lowest = min(lowest, state.evaluation.loss_nats)
+        done = state.num_told
+        if limits.trials is None and limits.tokens is not None:
+            done = state.num_tokens
+        elif limits.trials is None and limits.seconds is not None:
+            done = int(state.seconds)
+        advance(done, f"{state.num_told}: least {lowest:.4g} nats")
+
+    return show
 
 
 def _ended(records: Records) -> dict[str, Any] | None:

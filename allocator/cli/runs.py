@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from allocator.budget import parse_budgets, resolve_budget
@@ -227,24 +228,27 @@ def report(
 def print_finished(run: Finished) -> None:
     """The table at the end of a run."""
     plan = run.plan
-    table = Table(title=f"{plan.model.name} at {plan.budget_text}: {plan.returned} returned")
-    for column in ("candidate", "bits/weight", "search nats", "guard nats", "held-out nats"):
-        table.add_column(column)
-    table.add_column("perplexity")
-    table.add_column("returned - it, held-out")
+    table = Table(
+        title=f"{plan.model.name} at {plan.budget_text}: {plan.returned} returned",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        caption="nats per token ± standard error; difference: returned minus this, held-out",
+    )
+    for column in ("plan", "bpw", "search", "guard", "held-out", "ppl", "difference"):
+        table.add_column(column, no_wrap=True)
     for name, assignment in run.outcome.candidates.items():
         difference = plan.heldout_differences_nats.get(f"returned - {name}")
         heldout = plan.heldout_nats.get(name)
         perplexity = heldout.perplexity if heldout else None
         table.add_row(
             f"[bold]{name}[/bold]" if name == plan.returned else name,
-            f"{run.space.bits_per_weight(run.space.bytes(assignment)):.4f}",
+            f"{run.space.bits_per_weight(run.space.bytes(assignment)):.3f}",
             *(
-                f"{entry.nats:.4f} ± {entry.standard_error_nats:.4f}" if entry else "-"
+                f"{entry.nats:.3f}±{entry.standard_error_nats:.3f}" if entry else "-"
                 for entry in (plan.search_nats.get(name), plan.guard_nats.get(name), heldout)
             ),
             f"{perplexity:.2f}" if perplexity is not None else "-",
-            f"{difference.nats:+.4f} ± {difference.standard_error_nats:.4f}" if difference else "-",
+            f"{difference.nats:+.3f}±{difference.standard_error_nats:.3f}" if difference else "-",
         )
     console.print(table)
     console.print(
