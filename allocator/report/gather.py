@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import spearmanr
 
+from allocator.budget import Budget
 from allocator.config import RunConfig
 from allocator.pipeline import Outcome, additive_problem
 from allocator.plan import Plan
@@ -86,10 +87,7 @@ def _origin(evaluation: Evaluation, outcome: Outcome, starts: set[Assignment]) -
 def _frontier(space: SearchSpace, outcome: Outcome, plan: Plan) -> tuple[FrontierPoint, ...]:
     """The hull of the run's own table, thinned to what a plot can show."""
     table = outcome.tables[plan.scorer]
-    problem_budget = space.most_bytes
-    from allocator.budget import Budget
-
-    budget = Budget(plan.budget_text, plan.budget_bytes, problem_budget)
+    budget = Budget(plan.budget_text, plan.budget_bytes, space.most_bytes)
     frontier = DynamicProgram().frontier(additive_problem(space, table, budget))
     count = len(frontier.bytes)
     kept = np.unique(np.linspace(0, count - 1, min(count, _MOST_FRONTIER_POINTS)).astype(int))
