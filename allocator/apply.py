@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -22,10 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from allocator.plan import CONTAINER_METADATA, Plan, save_plan
-from search_spaces.operators import Operator, Statistics
-from search_spaces.operators.members import compress_member, logical, physical
-from search_spaces.space import Member
+from allocator.plan import CONTAINER_METADATA, Plan, PlanUnit, save_plan
+from search_spaces.operators import Statistics
+from search_spaces.operators.members import compress_unit, pack_unit, unpack_unit
 from search_spaces.storage import StoredTensor
 
 if TYPE_CHECKING:
@@ -40,6 +39,8 @@ STORED_TYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -93,38 +94,57 @@ def check_model(
             )
 
 
-def apply_plan(model: nn.Module, plan: Plan) -> None:
+StatisticsByName = Mapping[str, Statistics]
+NO_STATISTICS: StatisticsByName = {}
+
+
+def apply_plan(model: nn.Module, plan: Plan, statistics: StatisticsByName = NO_STATISTICS) -> None:
     """Replace a dense model's parameters, in place, by what the plan stores of them.
 
     Matrices are compressed in float32 and written back in the parameter's own dtype; tied
-    parameters stay tied.
+    parameters stay tied. Caches are not touched: they are no part of the model's weights.
+
+    Args:
+        model: The plan's model, dense.
+        plan: Which operator each unit gets.
+        statistics: By member name, for plans whose operators need them; see
+            :mod:`allocator.statistics_file`.
 
     Raises:
-        ValueError: The model is not the plan's, or an operator needs statistics.
+        ValueError: The model is not the plan's, or an operator's statistics are missing.
     """
     check_model(plan, model)
     with torch.no_grad():
-        for entry in plan.units:
-            operator = entry.choice
-            for member in entry.unit.members:
-                _tensor(model, member.name).copy_(compressed(model, member, operator))
+        for entry in _weights(plan):
+            made = compressed(model, entry, statistics)
+            for member, tensor in zip(entry.unit.members, made, strict=True):
+                _tensor(model, member.name).copy_(tensor)
         for stored in _fixed(plan):
             tensor = _tensor(model, stored.name)
             tensor.copy_(tensor.to(STORED_TYPES[stored.dtype]))
 
 
-def compressed(model: nn.Module, member: Member, operator: Operator) -> Tensor:
-    """One parameter after compression, in the model's layout and dtype; the model is unchanged.
+def compressed(
+    model: nn.Module, entry: PlanUnit, statistics: StatisticsByName = NO_STATISTICS
+) -> tuple[Tensor, ...]:
+    """The parameters of one unit after compression, in the model's layout and dtype.
+
+    The model is unchanged.
 
     Raises:
-        ValueError: The operator needs statistics, which a plan does not carry.
+        ValueError: The operator's statistics are missing.
     """
-    parameter = _tensor(model, member.name).detach()
-    return compress_member(parameter, member, operator, _statistics(operator))
+    _check_statistics(entry, statistics)
+    return compress_unit(_parameters(model, entry), entry.unit, entry.choice, statistics)
 
 
 def write_checkpoint(
-    loaded: LoadedModel, plan: Plan, output: Path, *, dtype: Dtype | None = None
+    loaded: LoadedModel,
+    plan: Plan,
+    output: Path,
+    *,
+    dtype: Dtype | None = None,
+    statistics: StatisticsByName = NO_STATISTICS,
 ) -> None:
     """Apply a plan and write the dense result as a folder that ``transformers`` loads.
 
@@ -136,10 +156,11 @@ def write_checkpoint(
         output: A new or empty folder.
         dtype: Of the written weights; ``None`` keeps the model's. Narrower types than float32
             round the decompressed values, so that the measured loss is only nearly reproduced.
+        statistics: By member name, for plans whose operators need them.
 
     Raises:
-        ValueError: The model is not the plan's, an operator needs statistics, or the output is not
-            empty or cannot be written.
+        ValueError: The model is not the plan's, an operator's statistics are missing, or the output
+            is not empty or cannot be written.
     """
     check_model(
         plan,
@@ -147,11 +168,11 @@ def write_checkpoint(
         config_sha256=loaded.config_sha256,
         weights_sha256=loaded.weights_sha256,
     )
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         model: nn.Module = loaded.model
         if dtype == "float32":
             model.float()  # first: a narrower parameter would round what is written to it
-        apply_plan(model, plan)
+        apply_plan(model, plan, statistics)
         if dtype is not None:
             model.to(getattr(torch, dtype))
         loaded.model.save_pretrained(folder)
@@ -160,32 +181,35 @@ def write_checkpoint(
     logger.info("wrote %s", output)
 
 
-def write_packed(model: nn.Module, plan: Plan, path: Path) -> None:
-    """Write the compressed model as one safetensors file of exactly ``plan.achieved_bytes``.
+def write_packed(
+    model: nn.Module, plan: Plan, path: Path, statistics: StatisticsByName = NO_STATISTICS
+) -> None:
+    """Write the compressed model as one safetensors file of exactly ``plan.file_bytes``.
 
     Args:
         model: The plan's model, dense; it is not changed.
         plan: Decides every stored tensor.
         path: The file; an old one is replaced once the new one is complete.
+        statistics: By member name, for plans whose operators need them.
 
     Raises:
-        ValueError: The model is not the plan's, an operator needs statistics, or the file cannot
-            be written.
+        ValueError: The model is not the plan's, an operator's statistics are missing, or the file
+            cannot be written.
     """
     check_model(plan, model)
     tensors = {
         stored.name: _tensor(model, stored.name).detach().to(STORED_TYPES[stored.dtype]).cpu()
         for stored in _fixed(plan)
     }
-    for entry in plan.units:
-        for member in entry.unit.members:
-            tensors |= _pack(_tensor(model, member.name).detach(), member, entry.choice)
+    for entry in _weights(plan):
+        _check_statistics(entry, statistics)
+        tensors |= pack_unit(_parameters(model, entry), entry.unit, entry.choice, statistics)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         save_file(contiguous, temporary, CONTAINER_METADATA)
         size = temporary.stat().st_size
-        assert size == plan.achieved_bytes, (size, plan.achieved_bytes)
+        assert size == plan.file_bytes, (size, plan.file_bytes)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot write {path}: {error}") from error
@@ -210,42 +234,32 @@ def read_packed(path: Path, plan: Plan, model: nn.Module) -> None:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read the packed model {path}: {error}") from error
+    fill_model(model, plan, tensors, path)
+
+
+def fill_model(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Overwrite a model's weights by what the tensors of a plan stand for.
+
+    Args:
+        model: One that :func:`check_model` accepts.
+        plan: Says what each tensor is.
+        tensors: By their names in the packed file.
+        path: Where they are from, for messages.
+
+    Raises:
+        ValueError: They are not exactly the plan's stored tensors.
+    """
     _check_stored(plan, tensors, path)
     with torch.no_grad():
         for stored in _fixed(plan):
             _tensor(model, stored.name).copy_(tensors[stored.name])
-        for entry in plan.units:
-            for member in entry.unit.members:
-                unpacked = _unpack(tensors, member, entry.choice)
-                _tensor(model, member.name).copy_(unpacked)
+        for entry in _weights(plan):
+            unpacked = unpack_unit(tensors, entry.unit, entry.choice)
+            for member, tensor in zip(entry.unit.members, unpacked, strict=True):
+                _tensor(model, member.name).copy_(tensor)
 
 
-def _pack(parameter: Tensor, member: Member, operator: Operator) -> dict[str, Tensor]:
-    """The stored tensors of one parameter, by their names in the file."""
-    stats = _statistics(operator)
-    packed = [operator.pack(matrix.float(), stats) for matrix in logical(parameter, member)]
-    names = zip(operator.layout(member.matrix_shape), member.layout(operator), strict=True)
-    return {
-        stored.name: torch.stack([p[part.name] for p in packed]).reshape(stored.shape).cpu()
-        for part, stored in names
-    }
-
-
-def _unpack(tensors: dict[str, Tensor], member: Member, operator: Operator) -> Tensor:
-    """Invert :func:`_pack`: the parameter in float32, in the model's layout."""
-    names = list(zip(operator.layout(member.matrix_shape), member.layout(operator), strict=True))
-    stacks = {
-        part.name: tensors[stored.name].reshape(member.num_matrices, *part.shape)
-        for part, stored in names
-    }
-    matrices = [
-        operator.unpack({name: stack[i] for name, stack in stacks.items()}, member.matrix_shape)
-        for i in range(member.num_matrices)
-    ]
-    return physical(torch.stack(matrices), member)
-
-
-def _check_stored(plan: Plan, tensors: dict[str, Tensor], path: Path) -> None:
+def _check_stored(plan: Plan, tensors: Mapping[str, Tensor], path: Path) -> None:
     expected = {stored.name: stored for stored in plan.stored_tensors()}
     if expected.keys() != tensors.keys():
         name = min(expected.keys() ^ tensors.keys())
@@ -260,13 +274,25 @@ def _check_stored(plan: Plan, tensors: dict[str, Tensor], path: Path) -> None:
             )
 
 
-def _statistics(operator: Operator) -> Statistics:
-    if operator.needs:
-        raise ValueError(
-            f"{operator.label} needs statistics of calibration text ({', '.join(operator.needs)}), "
-            "which a plan does not carry"
-        )
-    return Statistics()
+def _check_statistics(entry: PlanUnit, statistics: StatisticsByName) -> None:
+    """Refuse to compress blindly what was chosen with calibration text in view."""
+    for member in entry.unit.members:
+        known = statistics.get(member.name, Statistics())
+        lacking = [kind for kind in sorted(entry.choice.needs) if getattr(known, kind) is None]
+        if lacking:
+            raise ValueError(
+                f"{entry.choice.label} of {entry.name} needs statistics of the calibration text "
+                f"({', '.join(lacking)}): give the run's folder, or its cache/statistics file"
+            )
+
+
+def _weights(plan: Plan) -> list[PlanUnit]:
+    """The units that are part of the model's file."""
+    return [entry for entry in plan.units if not entry.unit.is_cache]
+
+
+def _parameters(model: nn.Module, entry: PlanUnit) -> list[Tensor]:
+    return [_tensor(model, member.name).detach() for member in entry.unit.members]
 
 
 def _fixed(plan: Plan) -> tuple[StoredTensor, ...]:
@@ -275,7 +301,7 @@ def _fixed(plan: Plan) -> tuple[StoredTensor, ...]:
 
 def _expected_shapes(plan: Plan) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every parameter of the plan with its shape as the model holds it."""
-    for entry in plan.units:
+    for entry in _weights(plan):
         for member in entry.unit.members:
             *stack, rows, columns = member.shape
             matrix = (columns, rows) if member.transposed else (rows, columns)
@@ -306,7 +332,7 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
 
 
 @contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
+def new_folder(output: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``output`` if the block ends well and vanishes if not."""
     try:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):

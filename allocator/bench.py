@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +20,10 @@ from objectives.calibration import Calibration
 from objectives.evaluator import Evaluator
 from objectives.language_task import LanguageTask
 from objectives.loading import LoadedModel, load_model
+from objectives.statistics import Progress, collect_statistics
+from objectives.statistics_file import StatisticsFile
 from objectives.task import Task, TokenMeter
+from search_spaces.operators import Statistics
 from search_spaces.space import SearchSpace
 
 
@@ -33,6 +38,7 @@ class Bench:
         bank: Compressed parameters.
         meter: Tokens spent in this process.
         evaluator: Measures assignments.
+        kept: Where the statistics that operators need are kept between processes, if anywhere.
     """
 
     model: nn.Module
@@ -41,9 +47,17 @@ class Bench:
     bank: Bank
     meter: TokenMeter
     evaluator: Evaluator
+    kept: StatisticsFile | None = None
 
     @classmethod
-    def build(cls, model: nn.Module, task: Task, space: SearchSpace) -> Bench:
+    def build(
+        cls,
+        model: nn.Module,
+        task: Task,
+        space: SearchSpace,
+        *,
+        kept: StatisticsFile | None = None,
+    ) -> Bench:
         """Put a dense model on the bench.
 
         Tensors that are not searched are rounded to the type they will be stored in, so that what
@@ -54,7 +68,84 @@ class Bench:
                 tensor = _tensor(model, stored.name)
                 tensor.copy_(tensor.to(STORED_TYPES[stored.dtype]))
         bank, meter = Bank(model, space), TokenMeter()
-        return cls(model, task, space, bank, meter, Evaluator(model, task, bank, meter))
+        evaluator = Evaluator(model, task, bank, meter)
+        return cls(model, task, space, bank, meter, evaluator, kept)
+
+    def observe(
+        self, needs: Collection[str] = (), progress: Progress = lambda done, total: None
+    ) -> Mapping[str, Statistics]:
+        """Statistics of the dense model, and those that operators need handed to the bank.
+
+        The operators' own are collected once for all processes of a run.
+
+        Args:
+            needs: Kinds wanted besides the operators'.
+            progress: Told (sequences done, sequences in all).
+        """
+        if self.space.needs and not self.bank.statistics and self.kept:
+            device = str(next(self.model.parameters()).device)
+            kinds, kept = self.kept.load(device)
+            if self.space.needs <= kinds:
+                self.bank.use_statistics(kept)
+        known = self.bank.statistics
+        lacking = set(needs) - (self.space.needs if known else set())
+        if not known:
+            lacking |= self.space.needs
+        if not lacking:
+            return known
+        self.bank.restore()
+        fresh = collect_statistics(
+            self.model, self.task, self.space, needs=lacking, meter=self.meter, progress=progress
+        )
+        merged = {name: _merged(own, known.get(name)) for name, own in fresh.items()}
+        if self.space.needs and not known:
+            if self.kept:
+                self.kept.save(merged, self.space.needs)
+            self.bank.use_statistics(merged)
+        return merged
+
+
+class BenchPool:
+    """Benches that runs of one process share: budgets differ, what they measure on does not."""
+
+    def __init__(self) -> None:
+        self._benches: dict[str, Bench] = {}
+        self._loaded: dict[str, LoadedModel] = {}
+
+    def load(self, name: str, measure: MeasureConfig, threads: int) -> LoadedModel:
+        """The model as a run measures it, loaded the first time."""
+        key = json.dumps([name, threads, measure.model_dump(mode="json")])
+        if key not in self._loaded:
+            self._loaded.clear()  # one model at a time
+            self._loaded[key] = load_model_for(name, measure, threads)
+        return self._loaded[key]
+
+    def get(self, key: str, kept: StatisticsFile, make: Callable[[], Bench]) -> Bench:
+        """The bench of a key, made the first time; statistics are handed on to ``kept``.
+
+        Args:
+            key: Equal only where model, text, space and precision are.
+            kept: Where this run keeps its statistics.
+            make: Makes the bench.
+        """
+        if key not in self._benches:
+            self._benches.clear()
+            self._benches[key] = make()
+        bench = self._benches[key]
+        if bench.kept and bench.kept.path.exists() and not kept.path.exists():
+            kept.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = kept.path.with_suffix(".tmp")
+            shutil.copyfile(bench.kept.path, temporary)
+            temporary.replace(kept.path)
+        return replace(bench, kept=kept)
+
+
+def _merged(fresh: Statistics, kept: Statistics | None) -> Statistics:
+    """What was kept wins: everyone must compress with the same numbers."""
+    if kept is None:
+        return fresh
+    values = {field.name: getattr(kept, field.name) for field in fields(Statistics)}
+    return replace(fresh, **{kind: value for kind, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -68,6 +159,7 @@ class LanguageBenchFactory:
         space: File with the space's JSON.
         cache: Folder for teacher caches.
         threads: Torch threads of the process.
+        statistics: Where the statistics that operators need are kept.
     """
 
     model: str
@@ -76,10 +168,13 @@ class LanguageBenchFactory:
     space: Path
     cache: Path
     threads: int
+    statistics: StatisticsFile
 
     def __call__(self) -> Measure:
         """Load everything and return the evaluator."""
-        return self.bench(load_model_for(self.model, self.measure, self.threads)).evaluator
+        bench = self.bench(load_model_for(self.model, self.measure, self.threads))
+        bench.observe()
+        return bench.evaluator
 
     def bench(self, loaded: LoadedModel) -> Bench:
         """The bench of a model that is already loaded."""
@@ -91,7 +186,7 @@ class LanguageBenchFactory:
             cache_folder=self.cache,
         )
         space = SearchSpace.from_json(json.loads(self.space.read_text(encoding="utf-8")))
-        return Bench.build(loaded.model, task, space)
+        return Bench.build(loaded.model, task, space, kept=self.statistics)
 
 
 def load_model_for(name: str, measure: MeasureConfig, threads: int) -> LoadedModel:

@@ -56,16 +56,24 @@ def parse_budgets(text: str) -> tuple[str, ...]:
 def resolve_budget(text: str, space: SearchSpace) -> Budget:
     """The exact bytes of a budget word.
 
-    Bits per weight speak of the searched units with all their metadata; bytes and percentages of
-    the whole stored model. Fractions of a byte are rounded down.
+    Bits per weight speak of the searched weights with all their metadata, and a cache that is not
+    up for choice comes on top; bytes and percentages speak of the whole stored model and of its
+    cache. Fractions of a byte are rounded down.
 
     Raises:
-        ValueError: Not a budget word, or below the cheapest assignment of the space; the message
-            has the least and the most achievable, in bytes and bits per weight.
+        ValueError: Not a budget word, bits per weight where caches are up for choice, or below the
+            cheapest assignment of the space; the message has the least and the most achievable.
     """
     amount, unit = _parse(text)
+    menus = zip(space.units, space.menus, strict=True)
+    caches = [menu for entry, menu in menus if entry.is_cache]
     if unit == "BPW":
-        searched = int(amount * space.num_weights / 8)
+        if any(len(menu) > 1 for menu in caches):
+            raise ValueError(
+                f"the budget {text} says nothing of the cache, which {space.name} searches too; "
+                "give bytes or per cent"
+            )
+        searched = int(amount * space.num_weights / 8) + sum(menu[0].bytes for menu in caches)
         stored = searched + space.overhead_bytes
     else:
         if unit == "%":
@@ -76,19 +84,23 @@ def resolve_budget(text: str, space: SearchSpace) -> Budget:
     if searched < space.least_bytes:
         least, most = space.least_bytes, space.most_bytes
         overhead = space.overhead_bytes
+        bits = (
+            f"{space.bits_per_weight(least):.4g} to {space.bits_per_weight(most):.4g} bits per "
+            "searched weight"
+        )
+        searches = f"{least:,} to {most:,} of weights and caches" if caches else bits
         raise ValueError(
             f"the budget {text} ({stored:,} bytes) cannot be met: {space.name} stores between "
-            f"{least + overhead:,} and {most + overhead:,} bytes, that is "
-            f"{space.bits_per_weight(least):.4g} to {space.bits_per_weight(most):.4g} bits per "
-            f"searched weight plus {overhead:,} bytes that are not searched; "
-            "raise the budget or offer cheaper options"
+            f"{least + overhead:,} and {most + overhead:,} bytes, that is {searches} plus "
+            f"{overhead:,} bytes that are not searched; raise the budget or offer cheaper options"
         )
     return Budget(text, stored, searched)
 
 
 def dense_bytes(space: SearchSpace) -> int:
-    """Bytes of the stored model with everything at 16 bits, header included at its bound."""
-    return 2 * space.num_weights + space.overhead_bytes
+    """Bytes of everything at 16 bits, searched caches and the header's bound included."""
+    searched = sum(member.num_weights for unit in space.units for member in unit.members)
+    return 2 * searched + space.overhead_bytes
 
 
 def _parse(text: str) -> tuple[Fraction, str]:

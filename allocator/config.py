@@ -26,6 +26,9 @@ class SpaceConfig(_Strict):
         exclude: Globs of units to leave dense.
         open_units: ``embeddings`` and ``head`` may be searched too.
         bar_keep: Take the dense option out of every menu.
+        context: Tokens for which the model's cache counts in the budget; 0 leaves it out.
+        batch: Sequences of the cache.
+        apart: Choose for keys and values apart.
     """
 
     space: str = "bits"
@@ -34,6 +37,9 @@ class SpaceConfig(_Strict):
     exclude: tuple[str, ...] = ()
     open_units: tuple[str, ...] = ()
     bar_keep: bool = False
+    context: Annotated[int, Field(ge=0)] = 0
+    batch: Positive = 1
+    apart: bool = False
 
 
 class DataConfig(_Strict):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from allocator.apply import apply_plan, check_model
+from allocator.apply import NO_STATISTICS, StatisticsByName, apply_plan, check_model
 from allocator.bench import load_model_for, resolve_threads
 from allocator.config import MeasureConfig
 from allocator.plan import Measured, Plan
@@ -10,6 +10,7 @@ from allocator.plan_build import measure
 from allocator.reporter import Reporter
 from objectives.calibration import CalibrationRequest, build_calibration
 from objectives.evaluation import Evaluation, Fidelity, round_significant
+from objectives.kv_cache import CacheSwitch
 from objectives.language_task import LanguageTask
 from search_spaces.space import Assignment
 
@@ -23,6 +24,7 @@ def measure_plan(
     request: CalibrationRequest,
     threads: int,
     reporter: Reporter,
+    statistics: StatisticsByName = NO_STATISTICS,
 ) -> dict[str, Measured]:
     """Losses of the dense model and of the plan on the request's held-out sequences.
 
@@ -45,7 +47,11 @@ def measure_plan(
     found = {}
     for done, name in enumerate(("dense", "plan"), start=2):
         if name == "plan":
-            apply_plan(loaded.model, plan)
+            apply_plan(loaded.model, plan, statistics)
+            caches = CacheSwitch(loaded.model)
+            for entry in plan.units:
+                if entry.unit.is_cache:
+                    caches.choose(entry.unit, entry.choice)
         losses = task.sequence_losses(loaded.model, _SPLIT, range(num_sequences))
         choice: Assignment = ()
         found[name] = measure(

@@ -23,6 +23,7 @@ from allocator.problem import Problem, Solution
 from allocator.reporter import Reporter
 from allocator.searches import SEARCHES
 from allocator.searches.base import SearchSetting
+from allocator.searches.thinning import Thinned, thinned_setting, undominated
 from allocator.solvers.dynamic import DynamicProgram
 from allocator.tables import BenchSource, Records, TableStore, build_tables
 from objectives.evaluation import Evaluation, Fidelity, evaluation_key
@@ -197,11 +198,16 @@ class Measuring:
     def _prepare(self) -> None:
         """Run the dense model on what will be measured, once, before workers start."""
         bench = self._stage.bench()
+        before = dict(bench.meter.counts)
+        bench.observe()
+        observed = {k: n - before.get(k, 0) for k, n in bench.meter.counts.items()}
+        if any(observed.values()):
+            self._stage.records.append({"type": "tokens", "counts": observed})
         advance = self._stage.reporter.stage("dense model", len(self._stage.num_sequences))
         for done, split in enumerate(self._stage.num_sequences, start=1):
-            before = bench.meter.counts["teacher"]
+            known = bench.meter.counts["teacher"]
             bench.evaluator.prepare(split)
-            spent = bench.meter.counts["teacher"] - before
+            spent = bench.meter.counts["teacher"] - known
             if spent:
                 self._stage.records.append({"type": "tokens", "counts": {"teacher": spent}})
             advance(done, split)
@@ -245,7 +251,14 @@ def _search(
         batch_sequences=min(stage.search.batch, stage.num_sequences["search"]),
         seed=stage.search.seed,
     )
-    search = SEARCHES[stage.search.name](setting)
+    kept = undominated(setting.problem, list(tables.values()), starts)
+    offered = sum(len(menu) for menu in stage.space.menus)
+    if (left := sum(map(len, kept))) < offered:
+        stage.reporter.note(
+            f"{offered - left:,} of {offered:,} options are left out of the search: another one "
+            f"of their unit is no larger and no worse by {', '.join(tables)}"
+        )
+    search = Thinned(SEARCHES[stage.search.name](thinned_setting(setting, kept)), kept)
     if stage.extend and _ended(stage.records) is not None:
         stage.records.append({"type": "extended"})
     ended = _ended(stage.records)

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from search_spaces.operators import Operator, operator_from_json
+from search_spaces.operators import AnyOperator, operator_from_json
 from search_spaces.space import Member, Unit
 from search_spaces.storage import ELEMENT_BYTES, StoredTensor, safetensors_bytes
 
@@ -59,12 +59,16 @@ class ModelIdentity(_Strict):
 
 
 class PlanMember(_Strict):
-    """One parameter of a unit; ``shape`` is (rows, columns) or (matrices, rows, columns)."""
+    """One parameter of a unit, or the keys or values that a layer caches.
+
+    ``shape`` is (rows, columns) or (matrices, rows, columns); of a cache (batch, tokens, channels).
+    """
 
     module: str
     parameter: str
     shape: tuple[int, ...]
     transposed: bool = False
+    cache: bool = False
 
 
 class PlanUnit(_Strict):
@@ -80,11 +84,13 @@ class PlanUnit(_Strict):
     @property
     def unit(self) -> Unit:
         """The unit of the search space that this entry was made from."""
-        members = tuple(Member(m.module, m.parameter, m.shape, m.transposed) for m in self.members)
+        members = tuple(
+            Member(m.module, m.parameter, m.shape, m.transposed, m.cache) for m in self.members
+        )
         return Unit(self.name, members, self.depth, self.kind)
 
     @property
-    def choice(self) -> Operator:
+    def choice(self) -> AnyOperator:
         """The chosen operator."""
         return operator_from_json(self.operator)
 
@@ -134,10 +140,11 @@ class SearchRecord(_Strict):
 class Plan(_Strict):
     """An allocation with its proof.
 
-    Bytes: ``achieved_bytes`` is the exact size of the packed safetensors file, header included;
-    ``searched_bytes`` the payload of the searched units. Losses are nats per token, lower is
-    better, measured in ``dtype``. ``lower_bound_nats`` and ``gap_nats`` speak of the additive model
-    of ``scorer``; the measured entries speak for themselves.
+    Bytes: ``achieved_bytes`` is the exact size of the packed safetensors file, header included,
+    and of the caches where they are searched; ``searched_bytes`` the payload of the searched
+    units. Losses are nats per token, lower is better, measured in ``dtype``. ``lower_bound_nats``
+    and ``gap_nats`` speak of the additive model of ``scorer``; the measured entries speak for
+    themselves.
     """
 
     schema_version: Literal[1] = 1
@@ -185,9 +192,9 @@ class Plan(_Strict):
         stored = self.stored_tensors()
         if len({tensor.name for tensor in stored}) != len(stored):
             raise ValueError("two units or fixed tensors store a tensor of the same name")
-        exact = safetensors_bytes(stored, CONTAINER_METADATA)
+        exact = safetensors_bytes(stored, CONTAINER_METADATA) + self.cache_bytes
         if exact != self.achieved_bytes:
-            raise ValueError(f"achieved_bytes says {self.achieved_bytes}, the file has {exact}")
+            raise ValueError(f"achieved_bytes says {self.achieved_bytes}, there are {exact}")
         if self.achieved_bytes > self.budget_bytes:
             raise ValueError(f"{self.achieved_bytes} bytes exceed the budget {self.budget_bytes}")
         if self.slack_bytes != self.budget_bytes - self.achieved_bytes:
@@ -197,7 +204,22 @@ class Plan(_Strict):
     def stored_tensors(self) -> tuple[StoredTensor, ...]:
         """Every tensor of the packed file."""
         fixed = tuple(StoredTensor(t.name, t.dtype, t.shape) for t in self.fixed)
-        return fixed + tuple(t for entry in self.units for t in entry.unit.layout(entry.choice))
+        return fixed + tuple(
+            tensor
+            for entry in self.units
+            if not entry.unit.is_cache
+            for tensor in entry.unit.layout(entry.choice)
+        )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the caches that the plan decides, at its context and batch."""
+        return sum(entry.bytes for entry in self.units if entry.unit.is_cache)
+
+    @property
+    def file_bytes(self) -> int:
+        """Exact size of the packed safetensors file, header included."""
+        return self.achieved_bytes - self.cache_bytes
 
 
 def load_plan(path: Path) -> Plan:

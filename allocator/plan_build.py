@@ -157,7 +157,7 @@ def _allocation(space: SearchSpace, budget: Budget, chosen: Assignment, facts: P
         slack_bytes=budget.stored_bytes - achieved,
         searched_budget_bytes=budget.searched_bytes,
         searched_bytes=searched,
-        bits_per_weight=space.bits_per_weight(searched),
+        bits_per_weight=space.weight_bits(chosen),
         dense_bytes=dense_bytes(space),
         units=tuple(
             _plan_unit(unit, operator_to_json(operator), unit.bytes(operator))
@@ -179,7 +179,13 @@ def _allocation(space: SearchSpace, budget: Budget, chosen: Assignment, facts: P
 
 def _plan_unit(unit: Unit, operator: dict[str, object], size: int) -> PlanUnit:
     members = tuple(
-        PlanMember(module=m.module, parameter=m.parameter, shape=m.shape, transposed=m.transposed)
+        PlanMember(
+            module=m.module,
+            parameter=m.parameter,
+            shape=m.shape,
+            transposed=m.transposed,
+            cache=m.cache,
+        )
         for m in unit.members
     )
     return PlanUnit(

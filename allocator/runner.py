@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from allocator.bench import Bench, LanguageBenchFactory, load_model_for, resolve_threads
+from allocator.bench import Bench, BenchPool, LanguageBenchFactory, load_model_for, resolve_threads
 from allocator.budget import Budget, resolve_budget
-from allocator.config import RunConfig, load_config, save_config
+from allocator.config import RunConfig, SpaceConfig, load_config, save_config
 from allocator.executors import EXECUTORS, Executor, InProcess, WorkerSetting
 from allocator.journal import Journal
 from allocator.pipeline import Outcome, Stage, additive_problem, run_pipeline
@@ -32,6 +33,8 @@ from allocator.solvers.dynamic import DynamicProgram
 from allocator.tables import TableStore
 from objectives.calibration import SPLITS, Calibration, CalibrationRequest, build_calibration
 from objectives.loading import LoadedModel, find_model, resolve_device, resolve_dtype
+from objectives.statistics_file import FILE_NAME as STATISTICS_NAME
+from objectives.statistics_file import StatisticsFile, statistics_identity
 from search_spaces.build import SpaceRequest, build_space
 from search_spaces.models import skeleton
 from search_spaces.space import SearchSpace
@@ -58,16 +61,28 @@ def price(config: RunConfig) -> tuple[SearchSpace, Budget]:
     Raises:
         ValueError: No such model, a faulty space, or a budget that cannot be met.
     """
-    request = SpaceRequest(
-        space=config.space.space,
-        ties=config.space.ties,
-        pins=config.space.pins,
-        exclude=config.space.exclude,
-        open_units=config.space.open_units,
-        bar_keep=config.space.bar_keep,
-    )
-    space = build_space(skeleton(find_model(config.model)), request)
+    space = price_space(config.model, config.space)
     return space, resolve_budget(config.budget, space)
+
+
+def price_space(model: str, wish: SpaceConfig) -> SearchSpace:
+    """The space of a model, from its configuration alone.
+
+    Raises:
+        ValueError: No such model, or a faulty space.
+    """
+    request = SpaceRequest(
+        space=wish.space,
+        ties=wish.ties,
+        pins=wish.pins,
+        exclude=wish.exclude,
+        open_units=wish.open_units,
+        bar_keep=wish.bar_keep,
+        context=wish.context,
+        batch=wish.batch,
+        apart=wish.apart,
+    )
+    return build_space(skeleton(find_model(model)), request)
 
 
 def check_start(config: RunConfig, folder: RunFolder) -> tuple[SearchSpace, Budget]:
@@ -84,8 +99,16 @@ def check_start(config: RunConfig, folder: RunFolder) -> tuple[SearchSpace, Budg
     return price(config)
 
 
-def start_run(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Finished:
+def start_run(
+    config: RunConfig, folder: RunFolder, reporter: Reporter, pool: BenchPool | None = None
+) -> Finished:
     """Run the main job in a new folder.
+
+    Args:
+        config: What to run.
+        folder: New or empty.
+        reporter: Shown the progress.
+        pool: Shared by runs that differ in their budget only.
 
     Raises:
         ValueError: The budget cannot be met, the text is too short, the folder already holds a run
@@ -94,7 +117,8 @@ def start_run(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Finis
     space, budget = check_start(config, folder)
     advance = reporter.stage("loading model and text", 2)
     threads = resolve_threads(config.measure.threads, config.execution.workers)
-    loaded = load_model_for(config.model, config.measure, threads)
+    pool = pool or BenchPool()
+    loaded = pool.load(config.model, config.measure, threads)
     advance(1, "")
     data = config.data
     request = CalibrationRequest(
@@ -120,7 +144,9 @@ def start_run(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Finis
     identity = _identity(loaded)
     header = _header(config, identity, space, calibration)
     with Journal.create(folder.journal, header) as journal:
-        run = _Run(folder, config, space, budget, calibration, identity, reporter, loaded)
+        run = _Run(
+            folder, config, space, budget, calibration, identity, reporter, loaded, pool=pool
+        )
         return run.finish(journal)
 
 
@@ -181,12 +207,20 @@ class _Run:
     reporter: Reporter
     loaded: LoadedModel | None
     offline: bool = False
+    pool: BenchPool | None = None
 
     @cached_property
     def bench(self) -> Bench:
         """The live bench of this process."""
         if self.offline:
             raise ValueError(_unfinished(self.folder))
+        pool = self.pool or BenchPool()
+        header = _header(self.config, self.identity, self.space, self.calibration)
+        about = {key: header[key] for key in ("model", "space", "calibration")}
+        key = json.dumps([about, self.config.measure.model_dump(mode="json")])
+        return pool.get(key, self._factory.statistics, self._fresh_bench)
+
+    def _fresh_bench(self) -> Bench:
         loaded = self.loaded
         if loaded is None:
             advance = self.reporter.stage("loading model", 1)
@@ -208,6 +242,12 @@ class _Run:
             space=self.folder.space.resolve(),
             cache=self.folder.cache.resolve(),
             threads=self.config.measure.threads,
+            statistics=StatisticsFile(
+                self.folder.cache.resolve() / STATISTICS_NAME,
+                statistics_identity(
+                    self.identity.weights_sha256, self.calibration.hashes["statistics"]
+                ),
+            ),
         )
 
     def executor(self) -> Executor:
@@ -230,6 +270,8 @@ class _Run:
             f"{self.identity.weights_sha256} {self.calibration.hashes['statistics']} "
             f"{self.config.measure.dtype}"
         )
+        if any(unit.is_cache for unit in self.space.units):  # whose losses are measured
+            identity += f" {self.config.measure.objective} {self.config.measure.top_k}"
         stage = Stage(
             space=self.space,
             budget=self.budget,

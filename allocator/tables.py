@@ -18,8 +18,8 @@ import numpy as np
 
 from allocator.bench import Bench
 from allocator.reporter import Reporter
+from objectives.kv_cache import CacheLosses
 from objectives.sensitivity import SCORERS, LossTable, Scorer, ScoringContext
-from objectives.statistics import collect_statistics
 from search_spaces.space import SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,9 @@ def build_tables(
     missing = [name for name in scorers if not _complete(rows[name])]
     if missing:
         kinds = {name: SCORERS[name]() for name in missing}
-        context = _observe(bench_of(), space, list(kinds.values()), records, reporter)
+        bench = bench_of()
+        context = _observe(bench, space, list(kinds.values()), records, reporter)
+        before = dict(bench.meter.counts)
         for name, scorer in kinds.items():
             try:
                 _fill(scorer, context, rows[name], records, reporter)
@@ -120,6 +122,7 @@ def build_tables(
                 reporter.note(f"the {name} scorer is left out: {error}")
                 records.append({"type": "left_out", "scorer": name, "reason": str(error)})
                 del rows[name]
+        _record_tokens(bench, before, records)
     tables = {
         name: LossTable(name, SCORERS[name].unit, tuple(np.array(row, float) for row in table))
         for name, table in rows.items()
@@ -147,17 +150,16 @@ def _observe(
 ) -> ScoringContext:
     """Run the statistics pass that the scorers need."""
     needs = frozenset[str]().union(*(scorer.needs for scorer in scorers))
-    bench.bank.restore()
     before = dict(bench.meter.counts)
     advance = reporter.stage("statistics", bench.task.num_sequences("statistics"))
-    statistics = collect_statistics(
-        bench.model,
-        bench.task,
-        space,
-        needs=needs,
-        meter=bench.meter,
-        progress=lambda done, total: advance(done, ""),
-    )
+    statistics = bench.observe(needs, lambda done, total: advance(done, ""))
+    _record_tokens(bench, before, records)
+    caches = CacheLosses(bench.model, bench.task, space, bank=bench.bank, meter=bench.meter)
+    return ScoringContext(space, bench.bank, statistics, caches)
+
+
+def _record_tokens(bench: Bench, before: Mapping[str, int], records: Records) -> None:
+    """Record what statistics have cost since the meter stood at ``before``."""
     spent = {
         kind: count - before.get(kind, 0)
         for kind, count in bench.meter.counts.items()
@@ -165,7 +167,6 @@ def _observe(
     }
     if spent:
         records.append({"type": "tokens", "counts": spent})
-    return ScoringContext(space, bench.bank, statistics)
 
 
 def _fill(

@@ -8,25 +8,28 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from search_spaces.operators import Operator, Statistics
-from search_spaces.operators.members import compress_member
+from objectives.kv_cache import CacheSwitch
+from search_spaces.operators import AnyOperator, Statistics
+from search_spaces.operators.members import compress_unit
 from search_spaces.space import Assignment, SearchSpace
 
 DEFAULT_BANK_BYTES = 4 * 2**30
-_NO_STATISTICS = Statistics()
 
 
 class Bank:
     """Keeps compressed parameters in memory up to a cap, least recently used out first.
 
     The model's own tensors are never written to: a swap points a parameter at another tensor, and
-    ``restore`` points it back.
+    ``restore`` points it back. Caches have no parameters; their options are switched on and off.
 
     Args:
         model: The dense model; its parameters at this moment are what is compressed.
         space: Units and menus.
         statistics: By member name, for operators that need them.
         most_bytes: Cap of the memory held by compressed parameters.
+
+    Attributes:
+        caches: Runs the model with the caches that are swapped in.
     """
 
     def __init__(
@@ -37,10 +40,11 @@ class Bank:
         statistics: Mapping[str, Statistics] | None = None,
         most_bytes: int = DEFAULT_BANK_BYTES,
     ) -> None:
+        self.caches = CacheSwitch(model)
         self._space = space
         self._statistics = statistics or {}
         self._parameters = [
-            tuple(model.get_parameter(member.name) for member in unit.members)
+            tuple(model.get_parameter(m.name) for m in unit.members if not m.cache)
             for unit in space.units
         ]
         self._dense = [tuple(p.data for p in unit) for unit in self._parameters]
@@ -48,6 +52,17 @@ class Bank:
         self._kept: OrderedDict[tuple[int, int], tuple[Tensor, ...]] = OrderedDict()
         self._kept_bytes = 0
         self._most_bytes = most_bytes
+
+    @property
+    def statistics(self) -> Mapping[str, Statistics]:
+        """What operators compress with, by member name."""
+        return self._statistics
+
+    def use_statistics(self, statistics: Mapping[str, Statistics]) -> None:
+        """Compress with these from now on; what was compressed before is forgotten."""
+        self._statistics = statistics
+        self._kept.clear()
+        self._kept_bytes = 0
 
     def parameters(self, unit: int) -> tuple[nn.Parameter, ...]:
         """The live parameters of a unit."""
@@ -73,35 +88,40 @@ class Bank:
             self._kept_bytes += size
         return made
 
-    def make(self, unit: int, operator: Operator) -> tuple[Tensor, ...]:
+    def make(self, unit: int, operator: AnyOperator) -> tuple[Tensor, ...]:
         """Compress the dense parameters of a unit, without keeping the result.
 
         Raises:
             ValueError: The result is not finite. Fused attention kernels can hide that from the
                 loss, so it is refused here.
         """
-        made = []
-        for dense, member in zip(self._dense[unit], self._space.units[unit].members, strict=True):
-            stats = self._statistics.get(member.name, _NO_STATISTICS)
-            made.append(compress_member(dense, member, operator, stats))
-            if not torch.isfinite(made[-1]).all():
+        found = self._space.units[unit]
+        made = compress_unit(self._dense[unit], found, operator, self._statistics)
+        for tensor, member in zip(made, found.members, strict=True):
+            if not torch.isfinite(tensor).all():
                 raise ValueError(f"{member.name} under {operator.label} is not finite")
-        return tuple(made)
+        return made
 
     def swap(self, assignment: Assignment) -> None:
         """Point every unit's parameters at its option; only units that differ are touched."""
         self._space.check(assignment)
         for unit, option in enumerate(assignment):
-            if self._current[unit] != option:
-                self._current[unit] = None
+            if self._current[unit] == option:
+                continue
+            self._current[unit] = None
+            found = self._space.units[unit]
+            if found.is_cache:
+                self.caches.choose(found, self._space.menus[unit][option].operator)
+            else:
                 for parameter, tensor in zip(
                     self._parameters[unit], self.compressed(unit, option), strict=True
                 ):
                     parameter.data = tensor
-                self._current[unit] = option
+            self._current[unit] = option
 
     def restore(self) -> None:
-        """Point every parameter back at its dense tensor."""
+        """Point every parameter back at its dense tensor, and leave the caches as they are."""
+        self.caches.clear()
         for unit, (parameters, tensors) in enumerate(
             zip(self._parameters, self._dense, strict=True)
         ):

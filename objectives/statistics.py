@@ -57,7 +57,7 @@ def collect_statistics(
         raise ValueError(f"unknown statistics {sorted(unknown)}; known: {sorted(KINDS)}")
     if not needs:
         return {}
-    members = [member for unit in space.units for member in unit.members]
+    members = [m for unit in space.units for m in unit.members if not m.cache]
     observed = members if {"second_moment", "hessian"} & set(needs) else []
     moments = _InputMoments(model, observed, full="hessian" in needs)
     fisher = _SquaredGradients(model, members if "fisher" in needs else [])
@@ -170,6 +170,7 @@ class _InputMoments:
         self._full = full
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
+        self._latest: tuple[Tensor, Tensor] | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -183,6 +184,7 @@ class _InputMoments:
         finally:
             for handle in handles:
                 handle.remove()
+            self._latest = None
 
     def second_moment(self, member: Member) -> Tensor | None:
         """(columns,) or ``None`` where the inputs cannot be seen."""
@@ -206,12 +208,20 @@ class _InputMoments:
     def _hook(self, member: Member) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def observe(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             del module
-            flat = inputs[0].detach().flatten(0, -2).float()
-            moment = flat.T @ flat if self._full else flat.square().sum(0)
+            moment = self._moment(inputs[0])
             if member.name in self._sums:
                 self._sums[member.name] += moment
             else:
-                self._sums[member.name] = moment
-            self._tokens[member.name] = self._tokens.get(member.name, 0) + flat.shape[0]
+                self._sums[member.name] = moment.clone()
+            tokens = inputs[0].shape[:-1].numel()
+            self._tokens[member.name] = self._tokens.get(member.name, 0) + tokens
 
         return observe
+
+    def _moment(self, inputs: Tensor) -> Tensor:
+        """Summed over tokens; q, k and v are handed one tensor, whose moment is taken once."""
+        if self._latest is None or self._latest[0] is not inputs:
+            flat = inputs.detach().flatten(0, -2).float()
+            moment = flat.T @ flat if self._full else flat.square().sum(0)
+            self._latest = (inputs, moment)
+        return self._latest[1]

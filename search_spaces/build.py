@@ -8,22 +8,26 @@ touches nothing (a misspelt pattern) is an error rather than a silent no-op.
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from torch import nn
 
 from search_spaces.models import discover
-from search_spaces.operators import Keep, Operator
+from search_spaces.models.kv_layers import KV_MENU, cache_units
+from search_spaces.operators import AnyOperator, Keep, KVQuantize
 from search_spaces.presets import PRESETS
 from search_spaces.registry import unknown_name
 from search_spaces.space import SearchSpace, Unit, build_menu
 from search_spaces.storage import StoredTensor
 from search_spaces.ties import tie_units
 from search_spaces.yaml_space import SpaceFile, load_space_file
+
+logger = logging.getLogger(__name__)
 
 _DENSE_DTYPE = "BF16"
 _NUM_NAMES_SHOWN = 3
@@ -41,6 +45,10 @@ class SpaceRequest:
         exclude: Globs of units that stay dense, besides the file's.
         open_units: ``embeddings`` and ``head``, besides the file's.
         bar_keep: Offer no dense option.
+        context: Tokens of each sequence for which the model's cache counts in the budget; 0 leaves
+            it out. It is searched where the space says so and stays at 16 bits elsewhere.
+        batch: Sequences of the cache.
+        apart: Choose for keys and values apart.
     """
 
     space: str = "bits"
@@ -49,6 +57,9 @@ class SpaceRequest:
     exclude: tuple[str, ...] = ()
     open_units: tuple[str, ...] = ()
     bar_keep: bool = False
+    context: int = 0
+    batch: int = 1
+    apart: bool = False
 
 
 def build_space(model: nn.Module, request: SpaceRequest) -> SearchSpace:
@@ -62,17 +73,19 @@ def build_space(model: nn.Module, request: SpaceRequest) -> SearchSpace:
         ValueError: Unknown preset, runtime or label; a faulty space file; a pattern that matches
             no unit; pins that contradict each other or an exclusion; nothing left to search.
     """
-    wish = _load(request.space)
+    wish = _load(request.space, request.context)
     ties = request.ties or wish.ties
     found = discover(model, open_units={*wish.open, *request.open_units}, dense_dtype=_DENSE_DTYPE)
-    units = tie_units(found.units, ties)
+    caches = _caches(model, request, wish)
+    units = (*tie_units(found.units, ties), *caches)
     excluded = {
         unit.name
         for pattern in (*wish.exclude, *request.exclude)
         for unit in _matching(units, pattern, "exclude")
     }
-    menus = _menus(units, wish, bar_keep=request.bar_keep or not wish.keep)
-    by_label = _by_label(menus.values())
+    geometry = head_dim(model)
+    menus = _menus(units, wish, geometry, bar_keep=request.bar_keep or not wish.keep)
+    by_label = _by_label((*menus.values(), KV_MENU) if caches else menus.values())
     ours = [(pattern, _labelled(label, by_label)) for pattern, label in request.pins]
     theirs = [
         (pattern, _labelled(pin, by_label) if isinstance(pin, str) else pin)
@@ -81,12 +94,21 @@ def build_space(model: nn.Module, request: SpaceRequest) -> SearchSpace:
     pins = {**_pinned(units, theirs), **_pinned(units, ours)}
     if both := sorted(excluded & set(pins)):
         raise ValueError(f"unit {both[0]!r} is both pinned and excluded; drop one of the two")
+    for cache in caches:
+        if cache.name in excluded:  # it stays dense, but in the budget: it is in no file
+            excluded.remove(cache.name)
+            pins[cache.name] = Keep()
+    for unit in units:
+        if unit.name in pins and (reason := unit.unfit(pins[unit.name])):
+            raise ValueError(f"pin of {unit.name!r} to {pins[unit.name].label}: {reason}")
     searched = tuple(unit for unit in units if unit.name not in excluded)
+    free = {unit.name: menus[unit.name] for unit in searched if unit.name not in pins}
+    usable = _usable(searched, free)
     return SearchSpace(
         wish.name,
         searched,
         tuple(
-            build_menu(unit, (pins[unit.name],) if unit.name in pins else menus[unit.name])
+            build_menu(unit, (pins[unit.name],) if unit.name in pins else usable[unit.name])
             for unit in searched
         ),
         found.fixed + _dense(model, [unit for unit in units if unit.name in excluded]),
@@ -94,52 +116,136 @@ def build_space(model: nn.Module, request: SpaceRequest) -> SearchSpace:
     )
 
 
-def _load(space: str) -> SpaceFile:
-    """A preset or a file, in the form of a file."""
+def _load(space: str, context: int) -> SpaceFile:
+    """A preset or a file, in the form of a file.
+
+    A preset for weights and caches does without the caches when there is no context.
+    """
     if space in PRESETS:
-        return SpaceFile.model_validate({"name": space, "menu": space})
+        preset = PRESETS[space]
+        kv = preset.kv and (context > 0 or preset.operators == (Keep(),))
+        return SpaceFile(name=space, menu=preset.operators, ties=preset.ties, kv=kv)
     if space.endswith((".yaml", ".yml")) or os.path.exists(space):
         return load_space_file(Path(space))
     raise ValueError(unknown_name("space", space, list(PRESETS)) + "; or give a .yaml file")
 
 
+def _caches(model: nn.Module, request: SpaceRequest, wish: SpaceFile) -> tuple[Unit, ...]:
+    """The model's cache as units, if there is a context that it is for."""
+    if request.context:
+        return cache_units(model, request.context, batch=request.batch, apart=request.apart)
+    if wish.kv:
+        raise ValueError(
+            f"the space {wish.name!r} searches the model's cache: say for how many tokens (context)"
+        )
+    if request.batch != 1 or request.apart:
+        raise ValueError("batch and apart speak of the model's cache: give its context too")
+    return ()
+
+
+def head_dim(model: nn.Module) -> int:
+    """Channels of an attention head by the model's configuration, 0 where it does not say."""
+    config = getattr(model, "config", None)
+    said = getattr(config, "head_dim", None)
+    if isinstance(said, int) and said > 0:
+        return said
+    width, heads = (getattr(config, name, 0) for name in ("hidden_size", "num_attention_heads"))
+    return width // heads if width and heads else 0
+
+
+def bind_geometry(operator: AnyOperator, channels: int) -> AnyOperator:
+    """The operator knowing the channels of a head, if it asks and was not told."""
+    if getattr(operator, "head_dim", None) != 0:
+        return operator
+    bound: AnyOperator = replace(operator, head_dim=channels)  # type: ignore[type-var]
+    return bound
+
+
+def _usable(
+    units: Sequence[Unit], menus: Mapping[str, tuple[AnyOperator, ...]]
+) -> dict[str, tuple[AnyOperator, ...]]:
+    """The menus without options that a unit cannot take or that keeping it dense dominates.
+
+    An option as large as the dense matrix can only lose. What is left out is logged.
+
+    Raises:
+        ValueError: Nothing is left of a menu.
+    """
+    unfit: dict[str, str] = {}
+    dropped = [0, 0]
+    usable = {}
+    for unit in units:
+        if unit.name not in menus:
+            continue
+        offered = menus[unit.name]
+        dense = min((unit.bytes(o) for o in offered if o.name == "keep"), default=None)
+        kept = []
+        for operator in offered:
+            if reason := unit.unfit(operator):
+                dropped[0] += 1
+                unfit.setdefault(operator.label, f"{operator.label} on {unit.name}: {reason}")
+            elif dense is not None and operator.name != "keep" and unit.bytes(operator) >= dense:
+                dropped[1] += 1
+            else:
+                kept.append(operator)
+        if not kept:
+            reasons = "; ".join(unfit.values()) or "all are as large as the dense matrix"
+            raise ValueError(f"no option of the menu serves {unit.name!r} ({reasons})")
+        usable[unit.name] = tuple(kept)
+    if unfit:
+        first = next(iter(unfit.values()))
+        logger.warning("%d options do not fit their units, such as %s", dropped[0], first)
+    if dropped[1]:
+        logger.warning("%d options are no smaller than the dense matrix: left out", dropped[1])
+    return usable
+
+
 def _menus(
-    units: Sequence[Unit], wish: SpaceFile, *, bar_keep: bool
-) -> dict[str, tuple[Operator, ...]]:
+    units: Sequence[Unit], wish: SpaceFile, channels: int, *, bar_keep: bool
+) -> dict[str, tuple[AnyOperator, ...]]:
     """Operators by unit: the last matching menu, without repeats, with or without ``Keep``."""
-    chosen = dict.fromkeys((unit.name for unit in units), wish.menu)
+    cached: tuple[AnyOperator, ...] = KV_MENU if wish.kv else (Keep(),)
+    chosen = {unit.name: cached if unit.is_cache else wish.menu for unit in units}
     for entry in wish.menus:
-        chosen.update((u.name, entry.menu) for u in _matching(units, entry.units, "menus"))
-    menus = {}
-    for name, operators in chosen.items():
+        meant = _meant(units, entry.units, "menus", operators=entry.menu)
+        chosen.update((unit.name, entry.menu) for unit in meant)
+    menus: dict[str, tuple[AnyOperator, ...]] = {}
+    for unit in units:
+        name, operators = unit.name, chosen[unit.name]
+        if unit.is_cache and operators == (Keep(),):
+            menus[name] = operators  # not searched, so there is nothing to bar
+            continue
         kept = [operator for operator in operators if not (bar_keep and operator.name == "keep")]
         if not bar_keep and all(operator.name != "keep" for operator in kept):
             kept.append(Keep())
         if not kept:
             raise ValueError(f"the menu of {name!r} offers nothing but keep, which is barred")
-        menus[name] = tuple(dict.fromkeys(kept))
+        bound = (bind_geometry(operator, channels) for operator in kept)
+        menus[name] = tuple(dict.fromkeys(bound))
     return menus
 
 
-def _by_label(menus: Iterable[tuple[Operator, ...]]) -> dict[str, Operator]:
+def _by_label(menus: Iterable[tuple[AnyOperator, ...]]) -> dict[str, AnyOperator]:
     """Operators that a pin can name: all that any menu offers, and ``keep`` even when barred."""
-    by_label: dict[str, Operator] = {}
+    by_label: dict[str, AnyOperator] = {}
     for operator in (*(operator for menu in dict.fromkeys(menus) for operator in menu), Keep()):
         by_label.setdefault(operator.label, operator)
     return by_label
 
 
-def _labelled(label: str, by_label: Mapping[str, Operator]) -> Operator:
+def _labelled(label: str, by_label: Mapping[str, AnyOperator]) -> AnyOperator:
     if label not in by_label:
         raise ValueError(unknown_name("operator label", label, sorted(by_label)))
     return by_label[label]
 
 
-def _pinned(units: Sequence[Unit], pins: Sequence[tuple[str, Operator]]) -> dict[str, Operator]:
+def _pinned(
+    units: Sequence[Unit], pins: Sequence[tuple[str, AnyOperator]]
+) -> dict[str, AnyOperator]:
     """The pinned operator by unit name; two pins on one unit must agree."""
-    pinned: dict[str, tuple[str, Operator]] = {}
+    pinned: dict[str, tuple[str, AnyOperator]] = {}
     for pattern, operator in pins:
-        for unit in _matching(units, pattern, "pin"):
+        for unit in _meant(units, pattern, "pin", operators=(operator,)):
             other, before = pinned.setdefault(unit.name, (pattern, operator))
             if before != operator:
                 raise ValueError(
@@ -147,6 +253,25 @@ def _pinned(units: Sequence[Unit], pins: Sequence[tuple[str, Operator]]) -> dict
                     f"{operator.label} by {pattern!r}; make them agree"
                 )
     return {name: operator for name, (_, operator) in pinned.items()}
+
+
+def _meant(
+    units: Sequence[Unit], pattern: str, what: str, *, operators: Sequence[AnyOperator]
+) -> list[Unit]:
+    """Units that a glob matches and operators are for: caches and weights share names, not those.
+
+    Raises:
+        ValueError: There is none.
+    """
+    sorts = {isinstance(o, KVQuantize) for o in operators if not isinstance(o, Keep)}
+    matched = _matching(units, pattern, what)
+    if not sorts:
+        return matched
+    meant = [unit for unit in matched if unit.is_cache in sorts]
+    if not meant:
+        kind, other = ("caches", "weights") if True in sorts else ("weights", "caches")
+        raise ValueError(f"{what}: {operators[0].label} is for {kind}, {pattern!r} means {other}")
+    return meant
 
 
 def _matching(units: Sequence[Unit], pattern: str, what: str) -> list[Unit]:

@@ -12,15 +12,23 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import product
 from math import prod
 from typing import Any
 
-from search_spaces.operators import Operator, operator_from_json, operator_to_json
+from search_spaces.operators import (
+    AnyOperator,
+    Operator,
+    UnitOperator,
+    operator_from_json,
+    operator_to_json,
+)
 from search_spaces.storage import (
     Shape,
     StoredTensor,
     header_base_bound,
     header_entry_bound,
+    payload_bytes,
     safetensors_bytes,
 )
 
@@ -30,20 +38,23 @@ Assignment = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Member:
-    """One parameter of a unit.
+    """One parameter of a unit, or the keys or values that an attention layer caches.
 
     Attributes:
         module: Path of the module that owns the parameter, as in ``model.named_modules()``.
-        parameter: Its name inside the module, ``weight`` for most.
+        parameter: Its name inside the module, ``weight`` for most; ``keys`` or ``values``.
         shape: (rows, columns) or (matrices, rows, columns) for fused experts. Rows are outputs,
-            whatever the layout in memory.
+            whatever the layout in memory. Of a cache: (batch, tokens, channels).
         transposed: The parameter holds (columns, rows), as GPT-2's Conv1D does.
+        cache: No parameter but a cache: it takes memory while the model runs and is not in its
+            file.
     """
 
     module: str
     parameter: str
     shape: Shape
     transposed: bool = False
+    cache: bool = False
 
     def __post_init__(self) -> None:
         if len(self.shape) not in (2, 3) or min(self.shape) < 1:
@@ -105,17 +116,40 @@ class Unit:
 
     @property
     def num_weights(self) -> int:
-        """Weights in all members."""
+        """Weights in all members; a cache has none."""
+        return sum(member.num_weights for member in self.members if not member.cache)
+
+    @property
+    def num_elements(self) -> int:
+        """Weights, or elements of a cache."""
         return sum(member.num_weights for member in self.members)
 
-    def bytes(self, operator: Operator) -> int:
+    @property
+    def is_cache(self) -> bool:
+        """Whether the unit is a layer's cache and not part of the model's file."""
+        return self.members[0].cache
+
+    def unfit(self, operator: AnyOperator) -> str:
+        """Why the operator cannot serve this unit, or nothing if it can."""
+        if isinstance(operator, UnitOperator):
+            return operator.unfit_unit(self.members)
+        if self.is_cache and operator.name != "keep":
+            return f"{self.name} is a cache, which takes kv_quantize or keep"
+        reasons = (operator.unfit(member.matrix_shape) for member in self.members)
+        return next(filter(None, reasons), "")
+
+    def bytes(self, operator: AnyOperator) -> int:
         """Payload bytes of the whole unit under one operator."""
+        if isinstance(operator, UnitOperator):
+            return payload_bytes(operator.layout_unit(self.members))
         return sum(
             operator.bytes(member.matrix_shape) * member.num_matrices for member in self.members
         )
 
-    def layout(self, operator: Operator) -> tuple[StoredTensor, ...]:
+    def layout(self, operator: AnyOperator) -> tuple[StoredTensor, ...]:
         """All stored tensors of the unit under one operator."""
+        if isinstance(operator, UnitOperator):
+            return operator.layout_unit(self.members)
         return tuple(tensor for member in self.members for tensor in member.layout(operator))
 
 
@@ -123,7 +157,7 @@ class Unit:
 class Option:
     """An operator as offered for one unit, with its exact payload bytes."""
 
-    operator: Operator
+    operator: AnyOperator
     bytes: int
 
 
@@ -137,7 +171,7 @@ class SearchSpace:
     Bytes add up: a stored model is ``bytes(assignment) + fixed_bytes + container_bytes`` at most,
     where the first is exact, the second the dense tensors that are not searched, and the last an
     upper bound of the file's header that holds for every assignment. ``stored_bytes`` is the exact
-    size of one assignment's file.
+    size of one assignment's file and, where caches are searched, of its caches.
 
     Attributes:
         name: The preset or file it came from.
@@ -171,6 +205,11 @@ class SearchSpace:
         return sum(unit.num_weights for unit in self.units)
 
     @cached_property
+    def needs(self) -> frozenset[str]:
+        """Kinds of statistics that some operator of some menu needs."""
+        return frozenset().union(*(o.operator.needs for menu in self.menus for o in menu))
+
+    @cached_property
     def fixed_bytes(self) -> int:
         """Payload of the tensors that are not searched."""
         return sum(tensor.bytes for tensor in self.fixed)
@@ -178,11 +217,13 @@ class SearchSpace:
     @cached_property
     def container_bytes(self) -> int:
         """Upper bound of the file's header over all assignments."""
-        most = self.fixed_bytes + sum(menu[-1].bytes for menu in self.menus)
-        most += 4096 + 512 * (len(self.fixed) + 8 * len(self.units))
+        pairs = zip(self.units, self.menus, strict=True)
+        weights = [(unit, menu) for unit, menu in pairs if not unit.is_cache]
+        most = self.fixed_bytes + sum(menu[-1].bytes for _, menu in weights)
+        most += 4096 + 512 * (len(self.fixed) + 8 * len(weights))
         bound = header_base_bound(self.metadata)
         bound += sum(header_entry_bound(tensor, most) for tensor in self.fixed)
-        for unit, menu in zip(self.units, self.menus, strict=True):
+        for unit, menu in weights:
             bound += max(
                 sum(header_entry_bound(tensor, most) for tensor in unit.layout(option.operator))
                 for option in menu
@@ -228,10 +269,14 @@ class SearchSpace:
         return sum(menu[i].bytes for menu, i in zip(self.menus, assignment, strict=True))
 
     def bits_per_weight(self, searched_bytes: int) -> float:
-        """Searched payload as bits per searched weight."""
-        return 8 * searched_bytes / self.num_weights
+        """Searched payload as bits per searched weight; 0 where no weights are searched."""
+        return 8 * searched_bytes / self.num_weights if self.num_weights else 0.0
 
-    def operators(self, assignment: Assignment) -> tuple[Operator, ...]:
+    def weight_bits(self, assignment: Assignment) -> float:
+        """Bits per searched weight of an assignment, its caches left out."""
+        return self.bits_per_weight(self.bytes(assignment) - self.cache_bytes(assignment))
+
+    def operators(self, assignment: Assignment) -> tuple[AnyOperator, ...]:
         """The chosen operator of each unit."""
         self.check(assignment)
         return tuple(menu[i].operator for menu, i in zip(self.menus, assignment, strict=True))
@@ -239,35 +284,55 @@ class SearchSpace:
     def stored_tensors(self, assignment: Assignment) -> tuple[StoredTensor, ...]:
         """Every tensor of the packed file under an assignment."""
         chosen = zip(self.units, self.operators(assignment), strict=True)
-        return self.fixed + tuple(t for unit, operator in chosen for t in unit.layout(operator))
+        return self.fixed + tuple(
+            tensor
+            for unit, operator in chosen
+            if not unit.is_cache
+            for tensor in unit.layout(operator)
+        )
+
+    def cache_bytes(self, assignment: Assignment) -> int:
+        """Exact bytes of the caches that are searched; they are in memory, not in the file."""
+        self.check(assignment)
+        return sum(
+            menu[i].bytes
+            for unit, menu, i in zip(self.units, self.menus, assignment, strict=True)
+            if unit.is_cache
+        )
 
     def stored_bytes(self, assignment: Assignment) -> int:
-        """Exact size of the packed safetensors file, header included."""
-        return safetensors_bytes(self.stored_tensors(assignment), self.metadata)
+        """Exact size of the packed safetensors file, header included, and of searched caches."""
+        file = safetensors_bytes(self.stored_tensors(assignment), self.metadata)
+        return file + self.cache_bytes(assignment)
 
     def uniform(self, searched_bytes: int) -> Assignment | None:
-        """The dearest operator that all unpinned units can share within a payload budget.
+        """The dearest assignment within a payload budget that treats all unpinned units alike.
 
-        Pinned units keep their pin. Returns ``None`` when no shared operator fits.
+        All weights share one operator, and so do all caches. Pinned units keep their pin. Returns
+        ``None`` when nothing shared fits.
         """
-        free = [menu for menu in self.menus if len(menu) > 1]
-        shared = [
-            option.operator
-            for option in (free[0] if free else ())
-            if all(any(o.operator == option.operator for o in menu) for menu in free)
-        ]
+        choices = [self._shared(cache=cache) for cache in (False, True)]
         fitting = [
             assignment
-            for operator in shared
-            if self.bytes(assignment := self._all(operator)) <= searched_bytes
+            for pair in product(*choices)
+            if self.bytes(assignment := self._all(pair)) <= searched_bytes
         ]
         return max(fitting, key=self.bytes, default=None)
 
-    def _all(self, operator: Operator) -> Assignment:
-        """Every unpinned unit with one operator."""
+    def _shared(self, *, cache: bool) -> list[AnyOperator | None]:
+        """Operators that all unpinned units of one sort offer; ``None`` if there are no such."""
+        kinds = zip(self.units, self.menus, strict=True)
+        free = [menu for unit, menu in kinds if unit.is_cache == cache and len(menu) > 1]
+        if not free:
+            return [None]
+        common = set.intersection(*({o.operator for o in menu} for menu in free))
+        return [option.operator for option in free[0] if option.operator in common]
+
+    def _all(self, operators: tuple[AnyOperator | None, ...]) -> Assignment:
+        """Every unpinned unit with the (weights', caches') operator."""
         return tuple(
-            0 if len(menu) == 1 else [o.operator for o in menu].index(operator)
-            for menu in self.menus
+            0 if len(menu) == 1 else [o.operator for o in menu].index(operators[unit.is_cache])  # type: ignore[arg-type]
+            for unit, menu in zip(self.units, self.menus, strict=True)
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -287,7 +352,13 @@ class SearchSpace:
             Unit(
                 unit["name"],
                 tuple(
-                    Member(m["module"], m["parameter"], tuple(m["shape"]), m["transposed"])
+                    Member(
+                        m["module"],
+                        m["parameter"],
+                        tuple(m["shape"]),
+                        m["transposed"],
+                        m["cache"],
+                    )
                     for m in unit["members"]
                 ),
                 unit["depth"],
@@ -309,7 +380,7 @@ class SearchSpace:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def build_menu(unit: Unit, operators: Sequence[Operator]) -> Menu:
+def build_menu(unit: Unit, operators: Sequence[AnyOperator]) -> Menu:
     """Price the operators for a unit and order them by bytes, then label.
 
     Raises:

@@ -39,6 +39,13 @@ TIES: Registry[Ties] = Registry(
             fusible_projections(),
             experts=True,
         ),
+        "modules": Ties(
+            "q/k/v/o share a choice, and so do the matrices of a feed-forward block",
+            {
+                "attention": ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj"),
+                "mlp": ("gate_proj", "up_proj", "down_proj", "fc1", "fc2"),
+            },
+        ),
         "llama.cpp": Ties("every matrix has its own choice: GGUF types are per tensor"),
     },
     entry_point_group="model_allocator.ties",

@@ -19,10 +19,12 @@ A file with everything in it::
     exclude: ["*.layers.29.*"]
     open: [embeddings]
     ties: vllm
+    kv: true                        # search the bits of the model's cache too; needs a context
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,22 +38,26 @@ from pydantic import (
     PlainValidator,
     SkipValidation,
     ValidationError,
+    WithJsonSchema,
 )
 
-from search_spaces.operators import Operator, operator_from_json
+from search_spaces.operator_schema import operator_schemas
+from search_spaces.operators import AnyOperator, Operator, UnitOperator, operator_from_json
 from search_spaces.presets import PRESETS
 from search_spaces.ties import TIES
 
 _MOST_BYTES = 2**20
 
 
-def _operator(value: object) -> Operator:
+def _operator(value: object) -> AnyOperator:
     if not isinstance(value, Mapping):
         raise ValueError(f"expected an operator such as {{name: keep}}, got {value!r}")
     return operator_from_json(value)
 
 
-def _menu(value: object) -> tuple[Operator, ...]:
+def _menu(value: object) -> tuple[AnyOperator, ...]:
+    if isinstance(value, tuple) and all(isinstance(o, Operator | UnitOperator) for o in value):
+        return value  # from Python
     if isinstance(value, str):
         return PRESETS[value].operators
     if not isinstance(value, list) or not value:
@@ -59,7 +65,7 @@ def _menu(value: object) -> tuple[Operator, ...]:
     return tuple(_operator(item) for item in value)
 
 
-def _pin(value: object) -> Operator | str:
+def _pin(value: object) -> AnyOperator | str:
     return value if isinstance(value, str) else _operator(value)
 
 
@@ -68,8 +74,24 @@ def _ties(value: str) -> str:
     return value
 
 
-Operators = Annotated[SkipValidation[tuple[Operator, ...]], PlainValidator(_menu)]
-Pin = Annotated[SkipValidation[Operator | str], PlainValidator(_pin)]
+_OPERATOR = {"const": "any operator"}  # pydantic takes no references of ours: put in at the end
+Operators = Annotated[
+    SkipValidation[tuple[AnyOperator, ...]],
+    PlainValidator(_menu),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": list(PRESETS), "type": "string"},
+                {"type": "array", "items": _OPERATOR, "minItems": 1},
+            ]
+        }
+    ),
+]
+Pin = Annotated[
+    SkipValidation[AnyOperator | str],
+    PlainValidator(_pin),
+    WithJsonSchema({"anyOf": [{"type": "string"}, _OPERATOR]}),
+]
 
 
 class _Strict(BaseModel):
@@ -97,6 +119,9 @@ class SpaceFile(_Strict):
         exclude: Globs of units that stay dense and outside the budgeted choice.
         open: ``embeddings`` and ``head``, where they are to be searched.
         ties: The runtime whose fused kernels tie matrices together.
+        kv: Whether the bits of the model's cache are searched; a context must be asked for then.
+            The caches' menu is :data:`search_spaces.models.kv_layers.KV_MENU` unless ``menus`` has
+            another for units named ``*.cache``.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=100)]
@@ -107,6 +132,16 @@ class SpaceFile(_Strict):
     exclude: list[str] = []
     open: list[Literal["embeddings", "head"]] = []
     ties: Annotated[str, AfterValidator(_ties)] = "none"
+    kv: bool = False
+
+
+def space_json_schema() -> dict[str, Any]:
+    """The JSON Schema of a space file, for editors."""
+    text = json.dumps(SpaceFile.model_json_schema())
+    text = text.replace(json.dumps(_OPERATOR), json.dumps({"$ref": "#/$defs/operator"}))
+    schema: dict[str, Any] = json.loads(text)
+    definitions = schema.get("$defs", {}) | operator_schemas()
+    return schema | {"title": "model-allocator search space", "$defs": definitions}
 
 
 def load_space_file(path: Path) -> SpaceFile:
@@ -142,7 +177,8 @@ def load_space_file(path: Path) -> SpaceFile:
         message = first["msg"].removeprefix("Value error, ")
         where = ".".join(str(part) for part in first["loc"])
         line = _line_of(root, first["loc"])
-        raise ValueError(f"{path}, line {line}: {where}: {message}") from error
+        source = content.decode("utf-8").splitlines()[line - 1].strip()
+        raise ValueError(f"{path}, line {line}: {where}: {message} (in {source!r})") from error
 
 
 class _PlainLoader(yaml.SafeLoader):

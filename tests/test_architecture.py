@@ -23,7 +23,11 @@ HOMES = {
     "ray": {"allocator/executors/ray_pool.py"},
     "optuna": {"allocator/searches/tpe.py"},
     "torchao": {"allocator/exporters/torchao.py"},
-    "gguf": {"objectives/embedded.py"},
+    "gguf": {
+        "allocator/exporters/gguf_file.py",
+        "allocator/exporters/llama_cpp.py",
+        "objectives/embedded.py",
+    },
     "datasets": {"objectives/texts.py"},
     "matplotlib": {"allocator/report/figures.py", "allocator/report/heatmap.py"},
 }

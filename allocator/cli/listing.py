@@ -18,6 +18,7 @@ from objectives.sensitivity import SCORERS
 from search_spaces.operators import OPERATORS
 from search_spaces.presets import PRESETS
 from search_spaces.registry import Registry, unknown_name
+from search_spaces.spans import SPANS, bits_span
 from search_spaces.ties import TIES
 
 
@@ -29,6 +30,15 @@ def _documented(registry: Registry[Any]) -> list[dict[str, Any]]:
 def _first_line(entry: object) -> str:
     text = inspect.getdoc(entry) or ""
     return " ".join(text.split("\n\n")[0].split())
+
+
+def _operators() -> list[dict[str, Any]]:
+    rows = []
+    for row in _documented(OPERATORS):
+        span = bits_span(row["name"]) if row["name"] in SPANS else None
+        text = "-" if span is None else f"{span[0]:.3g} to {span[1]:.3g}"
+        rows.append({**row, "bits_per_weight": text})
+    return rows
 
 
 def _spaces() -> list[dict[str, Any]]:
@@ -52,7 +62,7 @@ def _ties() -> list[dict[str, Any]]:
 _KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "executors": lambda: _documented(EXECUTORS),
     "exporters": lambda: _documented(EXPORTERS),
-    "operators": lambda: _documented(OPERATORS),
+    "operators": _operators,
     "scorers": lambda: _documented(SCORERS),
     "searches": lambda: _documented(SEARCHES),
     "solvers": lambda: _documented(SOLVERS),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +11,13 @@ import typer
 from rich.table import Table
 
 from allocator.cli.terminal import console, format_bytes, print_json, reporting
+from allocator.config import SpaceConfig
 from allocator.exporters import EXPORTERS
+from allocator.exporters.base import ModelExporter
+from allocator.exporters.transformers_cache import TransformersCacheExporter
 from allocator.plan import Plan, load_plan, plan_json_schema
+from search_spaces.operators import Statistics
+from search_spaces.yaml_space import space_json_schema
 
 PlanPath = Annotated[Path, typer.Argument(help="plan.json, or the folder of a run.")]
 ModelName = Annotated[str, typer.Argument(help="The plan's model: hub id, folder or embedded.")]
@@ -19,17 +25,36 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
 def show(
-    plan: Annotated[Path | None, typer.Argument(help="plan.json or the folder of a run.")] = None,
+    plan: Annotated[
+        str | None, typer.Argument(help="plan.json or a run's folder; with --space: a model.")
+    ] = None,
+    space: Annotated[
+        str | None, typer.Option(help="Price this preset or YAML file for a model instead.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="With --space: budgets to price.")] = None,
+    ties: Annotated[str | None, typer.Option(help="With --space: whose kernels tie.")] = None,
+    open_units: Annotated[
+        list[str], typer.Option("--open", help="With --space: search embeddings or head too.")
+    ] = [],
     schema: Annotated[bool, typer.Option(help="Print the JSON Schema of plans instead.")] = False,
+    space_schema: Annotated[bool, typer.Option(help="Print that of space files.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a plan says: bytes, proof, and bits per weight by depth and projection."""
-    if schema:
-        print_json(plan_json_schema())
+    """Show what a plan says, or what a space costs for a model, from its configuration alone."""
+    if schema or space_schema:
+        print_json(plan_json_schema() if schema else space_json_schema())
         return
     if plan is None:
-        raise ValueError("expected a plan or --schema: allocator show runs/NAME/plan.json")
-    loaded = load_plan(_plan_file(plan))
+        raise ValueError("expected a plan, or a model with --space: allocator show runs/NAME")
+    if space is not None:
+        from allocator.cli.spaces import show_space
+
+        wish = SpaceConfig(space=space, ties=ties, open_units=tuple(open_units))
+        show_space(plan, wish, budget, as_json=as_json)
+        return
+    if budget or ties or open_units:
+        raise ValueError("--budget, --ties and --open price a space: give --space too")
+    loaded = load_plan(_plan_file(Path(plan)))
     if as_json:
         print_json(loaded.model_dump(mode="json"))
         return
@@ -68,6 +93,7 @@ def evaluate(
             request=request,
             threads=threads,
             reporter=reporter,
+            statistics=_statistics(loaded, plan),
         )
     if as_json:
         print_json({name: entry.model_dump(mode="json") for name, entry in measured.items()})
@@ -88,12 +114,23 @@ def export(
     plan: PlanPath,
     to: Annotated[str, typer.Option(help="See 'allocator list exporters'.")],
     output: Annotated[Path, typer.Option("-o", help="Folder to write into.")],
+    model: Annotated[
+        str | None, typer.Option(help="The plan's model, to write compressed weights too.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a plan in a toolkit's own format, read it back and compare."""
     loaded = load_plan(_plan_file(plan))
     exporter = EXPORTERS[to]()
-    receipt = exporter.write(loaded, output)
+    if model is None:
+        receipt = exporter.write(loaded, output)
+    elif isinstance(exporter, ModelExporter):
+        from objectives.loading import load_model
+
+        dense = load_model(model, dtype=loaded.dtype, device="cpu")
+        receipt = exporter.write_model(loaded, dense, output, _statistics(loaded, plan))
+    else:
+        raise ValueError(f"{to} writes no weights: drop --model")
     mismatches = exporter.verify(loaded, receipt.files[0])
     if mismatches:
         first = mismatches[0]
@@ -101,13 +138,17 @@ def export(
             f"{to} would not execute the plan: {len(mismatches)} differences, the first for "
             f"{first.unit}: expected {first.expected}, got {first.got}"
         )
+    notes = list(receipt.notes)
+    if loaded.cache_bytes and not isinstance(exporter, TransformersCacheExporter):
+        other = TransformersCacheExporter.name
+        notes.append(f"The plan's caches are not in it: export them with --to {other}.")
     if as_json:
         files = [str(path) for path in receipt.files]
-        print_json({"files": files, "num_units": receipt.num_units, "notes": list(receipt.notes)})
+        print_json({"files": files, "num_units": receipt.num_units, "notes": notes})
         return
     for path in receipt.files:
         console.print(str(path), markup=False, soft_wrap=True)
-    for note in receipt.notes:
+    for note in notes:
         console.print(f"note: {note}", markup=False)
     console.print(f"{receipt.num_units} units written, read back and equal to the plan")
 
@@ -138,12 +179,30 @@ def apply(
         )
         output.mkdir(parents=True, exist_ok=True)
         path = output / "model.packed.safetensors"
-        write_packed(loaded.model, loaded_plan, path)
+        write_packed(loaded.model, loaded_plan, path, _statistics(loaded_plan, plan))
         console.print(f"{path}: {path.stat().st_size:,} bytes", markup=False, soft_wrap=True)
         return
     kept: Any = None if dtype == "auto" else dtype
-    write_checkpoint(loaded, loaded_plan, output, dtype=kept)
+    statistics = _statistics(loaded_plan, plan)
+    write_checkpoint(loaded, loaded_plan, output, dtype=kept, statistics=statistics)
     console.print(str(output), markup=False, soft_wrap=True)
+
+
+def _statistics(loaded: Plan, plan: Path) -> Mapping[str, Statistics]:
+    """What the plan's operators need of the calibration text: kept beside the plan by its run."""
+    if not any(entry.choice.needs for entry in loaded.units):
+        return {}
+    from objectives.statistics_file import FILE_NAME, StatisticsFile, statistics_identity
+
+    path = _plan_file(plan).parent / "cache" / FILE_NAME
+    if not path.exists():
+        raise ValueError(
+            f"the plan's operators need statistics of its calibration text, and {path} is missing: "
+            "give the plan in its run's folder, and 'allocator resume' the run if its cache is gone"
+        )
+    text = "" if loaded.calibration is None else loaded.calibration.splits["statistics"].sha256
+    identity = statistics_identity(loaded.model.weights_sha256, text)
+    return StatisticsFile(path, identity).load()[1]
 
 
 def _plan_file(path: Path) -> Path:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from allocator.bench import BenchPool
 from allocator.budget import parse_budgets, resolve_budget
 from allocator.cli.terminal import console, format_bytes, parse_duration, print_json, reporting
 from allocator.config import RunConfig
@@ -28,6 +29,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines; no 
 _RUNS = Path("runs")
 # Options that are not called like their place in the configuration.
 _OPTIONS = {
+    "space.batch": "context-batch",
     "data.statistics": "num-statistics",
     "data.search": "num-search",
     "data.guard": "num-guard",
@@ -49,6 +51,9 @@ def search(
         list[str], typer.Option("--open", help="Search the embeddings or the head too.")
     ] = [],
     bar_keep: Annotated[bool, typer.Option(help="Offer no dense option.")] = False,
+    context: Annotated[int, typer.Option(help="Tokens of cache in the budget; 0: none.")] = 0,
+    context_batch: Annotated[int, typer.Option(help="Sequences of the cache.")] = 1,
+    apart: Annotated[bool, typer.Option(help="Choose keys and values of caches apart.")] = False,
     text: Annotated[str, typer.Option(help="datasets id, .txt, .jsonl, .parquet or embedded.")] = (
         "wiki-summaries"
     ),
@@ -95,6 +100,9 @@ def search(
             "exclude": exclude,
             "open_units": open_units,
             "bar_keep": bar_keep,
+            "context": context,
+            "batch": context_batch,
+            "apart": apart,
         },
         "data": {
             "text": text,
@@ -232,6 +240,7 @@ def print_finished(run: Finished) -> None:
         title=f"{plan.model.name} at {plan.budget_text}: {plan.returned} returned",
         box=SIMPLE_HEAD,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
         caption="nats per token ± standard error; difference: returned minus this, held-out",
     )
     for column in ("plan", "bpw", "search", "guard", "held-out", "ppl", "difference"):
@@ -242,7 +251,7 @@ def print_finished(run: Finished) -> None:
         perplexity = heldout.perplexity if heldout else None
         table.add_row(
             f"[bold]{name}[/bold]" if name == plan.returned else name,
-            f"{run.space.bits_per_weight(run.space.bytes(assignment)):.3f}",
+            f"{run.space.weight_bits(assignment):.3f}",
             *(
                 f"{entry.nats:.3f}±{entry.standard_error_nats:.3f}" if entry else "-"
                 for entry in (plan.search_nats.get(name), plan.guard_nats.get(name), heldout)
@@ -284,9 +293,10 @@ def _run_all(
         for one, folder in jobs:
             check_start(one, folder)
     found = []
+    pool = BenchPool()
     for one, folder in jobs:
         with reporting(quiet=quiet) as reporter:
-            found.append(start_run(one, folder, reporter))
+            found.append(start_run(one, folder, reporter, pool))
         if not quiet:
             print_finished(found[-1])
     return found

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +25,7 @@ from allocator.reporter import Advance, Reporter, Silent
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
+_SECONDS_BETWEEN_LINES = 60
 _DURATION = re.compile(r"^(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?$")
 
 
@@ -61,11 +63,57 @@ class RichReporter:
             self._progress.stop_task(self._task.id)
 
 
+class LineReporter:
+    """Prints one line per stage and one a minute: for logs, where a bar cannot be redrawn."""
+
+    def __init__(self) -> None:
+        self._finish: Callable[[], None] = lambda: None
+
+    def stage(self, label: str, total: int | None) -> Advance:
+        """Begin a stage; the one before is finished."""
+        self.finish()
+        started = shown = time.monotonic()
+        latest = (0, "")
+
+        def line() -> None:
+            done, text = latest
+            count = f"{done}/{total}" if total else str(done)
+            seconds = time.monotonic() - started
+            left = seconds * (total - done) / done if total and done else 0
+            rest = f", {left:.0f} s left" if left >= 1 else ""
+            words = [f"{label}: {count} in {seconds:.0f} s{rest}", text]
+            errors.print("  ".join(filter(None, words)), markup=False, highlight=False)
+
+        def advance(done: int, text: str) -> None:
+            nonlocal latest, shown
+            latest = (done, text)
+            if time.monotonic() - shown >= _SECONDS_BETWEEN_LINES:
+                shown = time.monotonic()
+                line()
+
+        self._finish = line
+        return advance
+
+    def note(self, text: str) -> None:
+        """Print a sentence."""
+        errors.print(f"note: {text}", markup=False, highlight=False)
+
+    def finish(self) -> None:
+        """Say how the stage that just ended went."""
+        self._finish()
+        self._finish = lambda: None
+
+
 @contextmanager
 def reporting(*, quiet: bool = False) -> Iterator[Reporter]:
     """A reporter for one command; silent for machines."""
     if quiet:
         yield Silent()
+        return
+    if not errors.is_terminal:
+        lines = LineReporter()
+        yield lines
+        lines.finish()
         return
     columns = (
         SpinnerColumn(),

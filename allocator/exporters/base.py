@@ -9,14 +9,17 @@ plan.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from allocator.plan import Plan
-from search_spaces.operators import Keep, RoundToNearest
+from search_spaces.operators import Keep, RoundToNearest, Statistics
 from search_spaces.space import Member
+
+if TYPE_CHECKING:
+    from objectives.loading import LoadedModel
 
 DENSE = "keep"
 
@@ -74,6 +77,32 @@ class Exporter(Protocol):
         ...
 
 
+@runtime_checkable
+class ModelExporter(Protocol):
+    """An exporter that can write compressed weights too, given the plan's model."""
+
+    def write_model(
+        self,
+        plan: Plan,
+        loaded: LoadedModel,
+        destination: Path,
+        statistics: Mapping[str, Statistics],
+    ) -> Receipt:
+        """Write the toolkit's files and the weights it reads; the model may be changed.
+
+        Args:
+            plan: What to hand over.
+            loaded: The plan's model, dense, with its tokenizer.
+            destination: A folder.
+            statistics: By member name, for operators that need them.
+
+        Raises:
+            ValueError: The plan is for another model, the format cannot say what the plan says,
+                statistics are missing, or the folder cannot be written.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Choice:
     """What a plan says about one parameter, in the two operators that toolkits understand."""
@@ -122,13 +151,16 @@ def choices(plan: Plan, toolkit: str) -> Iterator[Choice]:
     """The plan parameter by parameter, in its own order.
 
     Parameters that are not the ``weight`` of their module, such as stacks of fused experts, are
-    left out when they stay dense: a toolkit that is not told about them leaves them alone.
+    left out when they stay dense: a toolkit that is not told about them leaves them alone. So are
+    caches, which are no part of the model's file: ``transformers-cache`` exports them.
 
     Raises:
         ValueError: An operator other than ``keep`` and ``round_to_nearest``, or a compressed
             parameter that is not the weight matrix of its module.
     """
     for entry in plan.units:
+        if entry.unit.is_cache:
+            continue
         operator = entry.choice
         if not isinstance(operator, (Keep, RoundToNearest)):
             raise ValueError(
@@ -144,6 +176,11 @@ def choices(plan: Plan, toolkit: str) -> Iterator[Choice]:
                     f"about {member.name!r} of shape {list(member.shape)}"
                 )
             yield Choice(entry.name, entry.kind, entry.depth, member, operator)
+
+
+def num_weight_units(plan: Plan) -> int:
+    """Units of a plan that are part of the model's file."""
+    return sum(not entry.unit.is_cache for entry in plan.units)
 
 
 def require_whole_groups(choice: Choice, toolkit: str) -> None:

@@ -26,6 +26,7 @@ from allocator.exporters.base import (
     choices,
     describe,
     fixed_modules,
+    num_weight_units,
     read_mapping,
     require_whole_groups,
     write_text,
@@ -73,7 +74,7 @@ class GPTQModelExporter:
             "dynamic": _dynamic(plan, found),
         }
         path = write_text(destination, FILE_NAME, json.dumps(config, indent=1) + "\n")
-        return Receipt((path,), len(plan.units), _notes(plan, quantized))
+        return Receipt((path,), num_weight_units(plan), _notes(plan, quantized))
 
     def verify(self, plan: Plan, artefact: Path) -> list[Mismatch]:
         """Apply GPTQModel's matching rule to every module of the plan and compare.
@@ -121,7 +122,7 @@ def _require_expressible(choice: Choice) -> None:
 def _require_no_dense_stacks(plan: Plan) -> None:
     """Fused experts are split into Linears there, which no rule of ours would take out."""
     dense = [(tensor.name, tensor.shape) for tensor in plan.fixed]
-    dense += [(m.name, m.shape) for entry in plan.units for m in entry.unit.members]
+    dense += [(m.name, m.shape) for e in plan.units for m in e.unit.members if not m.cache]
     for name, shape in dense:
         if len(shape) == 3 and not name.endswith(".weight"):
             raise ValueError(

@@ -24,6 +24,7 @@ from allocator.exporters.base import (
     choices,
     describe,
     fixed_modules,
+    num_weight_units,
     read_mapping,
     require_whole_groups,
     write_text,
@@ -58,7 +59,7 @@ class TorchaoExporter:
         fields = {"fqn_to_config": configs, "module_fqn_to_config": configs}
         text = json.dumps(_typed("FqnToConfig", fields, version=1), indent=1)
         path = write_text(destination, FILE_NAME, text + "\n")
-        return Receipt((path,), len(plan.units), _notes(found))
+        return Receipt((path,), num_weight_units(plan), _notes(found))
 
     def verify(self, plan: Plan, artefact: Path) -> list[Mismatch]:
         """Apply torchao's precedence of names to every module of the plan and compare.

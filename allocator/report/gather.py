@@ -26,12 +26,13 @@ def gather_view(
 ) -> RunView:
     """Everything the report of one run needs."""
     measurements, correlation = _measurements(outcome, config.search.scorer)
+    num_elements = sum(unit.num_elements for unit in space.units)
     return RunView(
         name=name,
         plan=plan,
         dp_plan_labels=tuple(o.label for o in space.operators(outcome.solution.choice)),
-        num_weights=space.num_weights,
-        dense_searched_bytes=2 * space.num_weights,
+        num_weights=space.num_weights or num_elements,
+        dense_searched_bytes=2 * num_elements,
         container_bytes=plan.achieved_bytes - plan.searched_bytes - space.fixed_bytes,
         frontier=_frontier(space, outcome, plan),
         measurements=measurements,

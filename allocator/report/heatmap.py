@@ -71,7 +71,7 @@ class HeatMap:
     def __init__(self, plan: Plan, dp_labels: Sequence[str]) -> None:
         cells: dict[tuple[int | None, str], list[_Choice]] = defaultdict(list)
         for entry, dp_label in zip(plan.units, dp_labels, strict=True):
-            choice = _Choice(entry.choice.label, dp_label, entry.unit.num_weights, entry.bytes)
+            choice = _Choice(entry.choice.label, dp_label, entry.unit.num_elements, entry.bytes)
             # Units outside the blocks keep their names: there is one of each.
             row = entry.name if entry.depth is None else entry.kind
             cells[entry.depth, row].append(choice)

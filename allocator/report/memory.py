@@ -97,7 +97,7 @@ def _parts(plan: Plan) -> list[_Part]:
             f"c{index % _NUM_COLOURS}",
             sum(entry.bytes for entry in entries),
             len(entries),
-            sum(entry.unit.num_weights for entry in entries),
+            sum(entry.unit.num_elements for entry in entries),
         )
         for index, (kind, entries) in enumerate(by_kind.items())
     ]

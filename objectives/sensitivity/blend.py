@@ -4,7 +4,9 @@ The problem: Fisher knows which matrix the loss feels but was measured around th
 at 2 and 3 bits it overstates the differences between matrices; the relative error knows nothing of
 the loss. Either one's optimum is often worse than uniform. Shrinking Fisher's logarithm towards the
 relative error's keeps most of the first and calms it with the second: on the models we measured
-its optimum is better than both (README, results). The weights were chosen on SmolLM2-135M.
+its optimum is better than both (README, results). The weights were chosen on SmolLM2-135M. Caches
+are on the same scale: nats measured alone in Fisher's place, the relative error of the states that
+attention reads in the weights'.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 With inputs of second moment ``m`` per feature (their correlations ignored), the expected squared
 output error is ``sum_ij m_j (W - W')_ij^2``; it is divided by the expected squared output, so that
-matrices of different scale add up.
+matrices of different scale add up. Keys and values are outputs of projections themselves: of a
+cache it is their relative squared error.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Reconstruction:
         Raises:
             ValueError: The inputs of a parameter could not be observed.
         """
+        if (cached := context.cache_loss(unit, option)) is not None:
+            return cached.relative_error
         total = 0.0
         for member, weight, error, stats in context.errors(unit, option):
             if stats.second_moment is None:

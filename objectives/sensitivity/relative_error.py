@@ -1,4 +1,7 @@
-"""Relative weight error: how much of a matrix's energy compression loses. Needs no data."""
+"""Relative weight error: how much of a matrix's energy compression loses. Needs no data.
+
+Of a cache it is the relative error of the states that attention reads, which does need data.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ class RelativeError:
 
     def cell(self, context: ScoringContext, unit: int, option: int) -> float:
         """Relative squared error of one option."""
+        if (cached := context.cache_loss(unit, option)) is not None:
+            return cached.relative_error
         total = 0.0
         for _, weight, error, _ in context.errors(unit, option):
             energy = float(weight.square().sum(dtype=torch.float64))

@@ -9,39 +9,119 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from search_spaces.operators.base import Matrix, Operator, Statistics
+from search_spaces.operators.base import (
+    Matrix,
+    Operator,
+    PackedOperator,
+    Statistics,
+    UnitOperator,
+)
+from search_spaces.operators.clipped_round import ClippedRound
+from search_spaces.operators.codebook import Codebook
+from search_spaces.operators.decoupled import DecoupledRound
+from search_spaces.operators.dense_and_sparse import DenseAndSparse
+from search_spaces.operators.dictionary import Dictionary
+from search_spaces.operators.gguf_block import GGUFBlock
+from search_spaces.operators.gptq import GPTQ
 from search_spaces.operators.keep import Keep
+from search_spaces.operators.kronecker import Kronecker
+from search_spaces.operators.kv_cache import KVQuantize
+from search_spaces.operators.low_rank import LowRank
+from search_spaces.operators.low_rank_plus import LowRankPlus
+from search_spaces.operators.low_rank_sparse_columns import LowRankSparseColumns
+from search_spaces.operators.modegpt import MoDeGPT
+from search_spaces.operators.normal_float import NormalFloat
+from search_spaces.operators.power_of_two import PowerOfTwo
+from search_spaces.operators.prune import Prune, PruneNM
+from search_spaces.operators.pyramid import Pyramid
+from search_spaces.operators.residual_stack import ResidualStack
 from search_spaces.operators.round_to_nearest import RoundToNearest
+from search_spaces.operators.row_prune import RowPrune
+from search_spaces.operators.shrink import Shrink
+from search_spaces.operators.sparse_gpt import SparseGPT
 from search_spaces.registry import Registry
 
 __all__ = [
+    "GPTQ",
     "OPERATORS",
+    "AnyOperator",
+    "ClippedRound",
+    "Codebook",
+    "DecoupledRound",
+    "DenseAndSparse",
+    "Dictionary",
+    "GGUFBlock",
+    "KVQuantize",
     "Keep",
+    "Kronecker",
+    "LowRank",
+    "LowRankPlus",
+    "LowRankSparseColumns",
     "Matrix",
+    "MoDeGPT",
+    "NormalFloat",
     "Operator",
+    "PackedOperator",
+    "PowerOfTwo",
+    "Prune",
+    "PruneNM",
+    "Pyramid",
+    "ResidualStack",
     "RoundToNearest",
+    "RowPrune",
+    "Shrink",
+    "SparseGPT",
     "Statistics",
+    "UnitOperator",
     "operator_from_json",
     "operator_to_json",
 ]
 
-OPERATORS: Registry[type[Operator]] = Registry(
+AnyOperator = Operator | UnitOperator
+
+OPERATORS: Registry[type[AnyOperator]] = Registry(
     "operator",
     {
+        "clipped_round": ClippedRound,
+        "decoupled": DecoupledRound,
+        "gptq": GPTQ,
+        "gguf": GGUFBlock,
         "keep": Keep,
+        "kv_quantize": KVQuantize,
+        "low_rank_plus": LowRankPlus,
+        "low_rank_sparse_columns": LowRankSparseColumns,
+        "residual_stack": ResidualStack,
+        "prune": Prune,
+        "prune_n_m": PruneNM,
+        "normal_float": NormalFloat,
+        "codebook": Codebook,
+        "dense_and_sparse": DenseAndSparse,
+        "pyramid": Pyramid,
+        "power_of_two": PowerOfTwo,
         "round_to_nearest": RoundToNearest,
+        "row_prune": RowPrune,
+        "shrink": Shrink,
+        "sparse_gpt": SparseGPT,
+        "dictionary": Dictionary,
+        "kronecker": Kronecker,
+        "low_rank": LowRank,
+        "modegpt": MoDeGPT,
     },
     entry_point_group="model_allocator.operators",
 )
 
 
-def operator_to_json(operator: Operator) -> dict[str, Any]:
-    """The operator's name and parameters as plain data."""
+def operator_to_json(operator: AnyOperator) -> dict[str, Any]:
+    """The operator's name and parameters as plain data; nested operators as nested mappings."""
     values = {field.name: getattr(operator, field.name) for field in fields(_dataclass(operator))}
-    return {"name": operator.name, **values}
+    plain = {
+        key: operator_to_json(value) if isinstance(value, Operator | UnitOperator) else value
+        for key, value in values.items()
+    }
+    return {"name": operator.name, **plain}
 
 
-def operator_from_json(data: Mapping[str, Any]) -> Operator:
+def operator_from_json(data: Mapping[str, Any]) -> AnyOperator:
     """The operator that :func:`operator_to_json` wrote.
 
     Raises:
@@ -59,11 +139,24 @@ def operator_from_json(data: Mapping[str, Any]) -> Operator:
                 f"operator {data['name']!r} has no parameter {key!r}; "
                 f"it takes {', '.join(known) or 'none'}"
             )
-        _check_type(data["name"], key, value, str(known[key]))
+        if known[key] == "Operator":
+            parameters[key] = _nested(data["name"], key, value)
+        else:
+            _check_type(data["name"], key, value, str(known[key]))
     try:
         return kind(**parameters)
     except TypeError as error:
         raise ValueError(f"operator {data['name']!r}: {error}") from error
+
+
+def _nested(operator: str, key: str, value: object) -> Operator:
+    """An operator inside another: its field's type is ``Operator``."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"operator {operator!r}: {key} must be an operator, got {value!r}")
+    made = operator_from_json(value)
+    if not isinstance(made, Operator):
+        raise ValueError(f"operator {operator!r}: {key} cannot be {made.name}, which takes a unit")
+    return made
 
 
 def _dataclass(operator: object) -> Any:

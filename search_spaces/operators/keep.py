@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from search_spaces.operators.base import Matrix, Statistics
-from search_spaces.storage import StoredTensor, payload_bytes
+from search_spaces.operators.base import Matrix, PackedOperator, Statistics
+from search_spaces.storage import StoredTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +16,7 @@ _STORED = {"bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)
-class Keep:
+class Keep(PackedOperator):
     """The dense matrix in a 16-bit float.
 
     Attributes:
@@ -26,7 +26,6 @@ class Keep:
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
 
     name: ClassVar[str] = "keep"
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         if self.dtype not in _STORED:
@@ -40,17 +39,6 @@ class Keep:
     def layout(self, shape: Matrix) -> tuple[StoredTensor, ...]:
         """One dense 16-bit tensor."""
         return (StoredTensor("weight", _STORED[self.dtype], shape),)
-
-    def bytes(self, shape: Matrix) -> int:
-        """2 bytes a weight."""
-        return payload_bytes(self.layout(shape))
-
-    def apply(self, weight: Tensor, stats: Statistics) -> Tensor:
-        """The weight after a round trip through the stored type."""
-        del stats
-        import torch
-
-        return weight.to(getattr(torch, self.dtype)).to(weight.dtype)
 
     def pack(self, weight: Tensor, stats: Statistics) -> Mapping[str, Tensor]:
         """The weight in the stored type."""

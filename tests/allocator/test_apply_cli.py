@@ -78,7 +78,7 @@ def test_packed_file_has_the_plans_bytes_and_numbers(run, checkpoint, tmp_path):
         assert torch.equal(tensor, applied[name]), name
 
 
-@pytest.mark.parametrize("toolkit", EXPORTERS)
+@pytest.mark.parametrize("toolkit", ["evopress", "gptqmodel", "torchao"])  # of rounded matrices
 def test_exports_are_read_back_and_equal_to_the_plan(run, tmp_path, toolkit):
     plan = load_plan(run / "plan.json")
     folder = tmp_path / toolkit

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from plan_factory import MIXED, in_turn, make_plan, tiny_gpt2, tiny_llama
 
 from allocator.apply import apply_plan
 from allocator.exporters import EXPORTERS, Exporter, Mismatch
-from allocator.exporters.evopress import write_database
 from search_spaces.operators import Keep, RoundToNearest
+from search_spaces.operators.prune import Prune
 
 # One setting per bit width, so that every format can say it; groups that all toolkits have.
 PLAIN = (RoundToNearest(4, 32), RoundToNearest(2, 16), Keep(), RoundToNearest(8, 0))
@@ -32,9 +33,28 @@ def plan(llama, request):
     return make_plan(llama, in_turn(*PLAIN), ties=request.param)
 
 
-@pytest.fixture(params=list(EXPORTERS))
+# The suite below runs on exporters of rounded matrices; others have suites of their own.
+ROUNDING = ("evopress", "gptqmodel", "torchao")
+OWN_SUITES = {
+    "bitstack": "test_exporters_bitstack.py",
+    "factorised": "test_exporters_rank.py",
+    "llama-cpp": "test_exporters_llama_cpp.py",
+    "llm-compressor": "test_exporters_sparsity.py",
+    "peft": "test_exporters_rank.py",
+    "torch-prune": "test_exporters_sparsity.py",
+    "transformers-cache": "test_exporters_transformers_cache.py",
+}
+
+
+@pytest.fixture(params=ROUNDING)
 def exporter(request):
     return EXPORTERS[request.param]()
+
+
+def test_every_exporter_has_a_suite():
+    assert set(EXPORTERS) <= {*ROUNDING, *OWN_SUITES}
+    for name in set(EXPORTERS) & set(OWN_SUITES):
+        assert name in (Path(__file__).parent / OWN_SUITES[name]).read_text(), name
 
 
 def replace_in(path, old, new):
@@ -93,12 +113,11 @@ def test_finds_a_compressed_matrix_that_should_be_fixed(exporter, llama, tmp_pat
     assert exporter.verify(plan, tmp_path) == []
 
 
-def test_refuses_operators_it_cannot_say(exporter, llama, tmp_path, monkeypatch):
-    plan = make_plan(llama, in_turn(*PLAIN))
-    stranger = type("Prune", (), {"label": "prune-0.5"})()
-    monkeypatch.setattr("allocator.plan.PlanUnit.choice", stranger)
-    with pytest.raises(ValueError, match=r"prune-0\.5"):
-        exporter.write(plan, tmp_path)
+@pytest.mark.parametrize("name", sorted(set(ROUNDING) - {"evopress"}))
+def test_refuses_operators_it_cannot_say(name, llama, tmp_path):
+    plan = make_plan(llama, in_turn(PLAIN[0], Prune(0.5)))
+    with pytest.raises(ValueError, match=re.escape(Prune(0.5).label)):
+        EXPORTERS[name]().write(plan, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -303,7 +322,7 @@ def test_evopress_loads_the_database(make, tmp_path):
     dense = make()
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     plan = make_plan(dense, in_turn(*MIXED), dense_dtype="F32")
-    receipt = write_database(plan, dense, tmp_path)
+    receipt = EXPORTERS["evopress"]().write_model(plan, SimpleNamespace(model=dense), tmp_path, {})
     assert len(receipt.files) == 1 + sum(len(unit.members) for unit in plan.units)
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
     loaded, applied = make(), make()
@@ -331,10 +350,24 @@ def test_evopress_levels_are_bits(tmp_path):
     assert len(lines) == sum(len(unit.members) for unit in plan.units)
 
 
-def test_evopress_refuses_a_level_with_two_meanings(tmp_path):
-    plan = make_plan(tiny_llama(), in_turn(RoundToNearest(4, 32), RoundToNearest(4, 16)))
-    with pytest.raises(ValueError, match="both int4-g32 and int4-g16"):
-        EXPORTERS["evopress"]().write(plan, tmp_path)
+def test_evopress_numbers_levels_that_bits_do_not_name(tmp_path):
+    exporter = EXPORTERS["evopress"]()
+    dense = tiny_llama()
+    plan = make_plan(
+        dense, in_turn(RoundToNearest(4, 32), Keep(), RoundToNearest(4, 16)), dense_dtype="F32"
+    )
+    receipt = exporter.write_model(plan, SimpleNamespace(model=dense), tmp_path, {})
+    levels = {line.split(": ")[1] for line in receipt.files[0].read_text().splitlines()}
+    assert levels == {"100", "101", "16"}
+    assert exporter.verify(plan, tmp_path) == []
+    loaded, applied = tiny_llama(), tiny_llama()
+    evopress_load(loaded, tmp_path)
+    apply_plan(applied, plan)
+    for name, tensor in applied.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    named = tmp_path / "levels.json"
+    replace_in(named, '"group_size": 16', '"group_size": 8')
+    assert [m.expected for m in exporter.verify(plan, tmp_path)] == ["int4-g16"]
 
 
 @pytest.mark.parametrize("line", ["", "model.layers.0.self_attn.q_proj", "x: 2.5", "x: y: 3"])
@@ -361,5 +394,7 @@ def test_evopress_finds_missing_and_unknown_modules(tmp_path):
 def test_database_refuses_another_model(tmp_path):
     plan = make_plan(tiny_llama(), in_turn(*PLAIN))
     with pytest.raises(ValueError, match=r"layers\.2"):
-        write_database(plan, tiny_llama(layers=3), tmp_path)
+        EXPORTERS["evopress"]().write_model(
+            plan, SimpleNamespace(model=tiny_llama(layers=3)), tmp_path, {}
+        )
     assert not list(tmp_path.iterdir())

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from search_spaces.operators import Keep
-from search_spaces.presets import PRESETS
-from search_spaces.space import Member, Unit, build_menu
+from search_spaces.presets import PRESETS, TYPICAL_UNIT
+from search_spaces.space import build_menu
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -17,9 +17,12 @@ def test_preset_is_a_menu(name):
     assert preset.name == name
     assert len(set(labels)) == len(labels), "pins address operators by label"
     assert Keep() in preset.operators
-    unit = Unit("w", (Member("w", "weight", (4096, 4096)),), 0, "w")
-    sizes = [8 * option.bytes / 4096**2 for option in build_menu(unit, preset.operators)]
+    fitting = [operator for operator in preset.operators if not TYPICAL_UNIT.unfit(operator)]
+    assert len(fitting) == len(preset.operators)
+    sizes = [8 * o.bytes / TYPICAL_UNIT.num_weights for o in build_menu(TYPICAL_UNIT, fitting)]
     assert preset.bits_per_weight == (sizes[0], sizes[-1])
+    assert sizes[-1] == 16.0, "no option is larger than the dense matrix"
+    assert len(preset.operators) <= 16
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """Space files: what they may say, and one clear sentence for everything else."""
 
+import json
+
+import jsonschema
 import pytest
 
 from search_spaces.operators import Keep, RoundToNearest
 from search_spaces.presets import PRESETS
-from search_spaces.yaml_space import load_space_file
+from search_spaces.yaml_space import load_space_file, space_json_schema
 
 FULL = """
 name: attention-first
@@ -117,3 +120,28 @@ def test_missing_files_and_folders(tmp_path):
         load_space_file(tmp_path / "none.yaml")
     with pytest.raises(ValueError, match=r"cannot read the space file .*directory"):
         load_space_file(tmp_path)
+
+
+def test_errors_quote_the_line_with_its_comment(write):
+    path = write("name: x\nmenu: bits\nkeep: 3  # no dense ones\n")
+    with pytest.raises(ValueError, match=r"line 3: keep: .* \(in 'keep: 3  # no dense ones'\)"):
+        load_space_file(path)
+
+
+def test_json_schema_agrees_with_the_reader(write):
+    schema = space_json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    good = {"name": "x", "menu": [{"name": "round_to_nearest", "bits": 4}], "pins": {"a": "keep"}}
+    jsonschema.validate(good, schema)
+    jsonschema.validate({"name": "x", "menu": "bits"}, schema)
+    for bad in (
+        {"name": "x", "menu": "bts"},
+        {"name": "x", "menu": []},
+        {"name": "x", "menu": [{"name": "round_to_nearest"}]},
+        {"name": "x", "menu": [{"name": "round_to_nearest", "bits": 4, "colour": 1}]},
+        {"name": "x", "menu": "bits", "colour": 1},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(bad, schema)
+        with pytest.raises(ValueError, match="line"):
+            load_space_file(write(json.dumps(bad)))

@@ -1,0 +1,101 @@
+"""Search only among options that can win: menus without dominated ones.
+
+The problem: a menu of bits, sparsities and ranks holds options that another one beats in bytes and
+in loss by every estimate there is. Each of them costs the search measurements, and its surrogate
+parameters. They are left out of what the search sees; everything outside keeps the full menus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+
+from allocator.problem import Problem
+from allocator.searches.base import Proposal, Search, SearchSetting
+from objectives.evaluation import Evaluation
+from objectives.sensitivity import LossTable
+from search_spaces.space import Assignment
+
+Kept = tuple[tuple[int, ...], ...]
+"""For each unit the options that are left, in the menu's order."""
+
+
+def undominated(
+    problem: Problem, tables: Collection[LossTable], always: Iterable[Assignment]
+) -> Kept:
+    """The options of each unit that no other one beats in bytes and in every table.
+
+    Args:
+        problem: Gives the bytes.
+        tables: Estimates; an option must lose in all of them to be left out. Equal ones lose to
+            the first of the menu.
+        always: Assignments whose options stay, such as uniform.
+    """
+    starts = tuple(always)
+    kept = []
+    for unit, sizes in enumerate(problem.bytes):
+        criteria = np.stack([sizes.astype(float), *(table.losses[unit] for table in tables)])
+        stays = {start[unit] for start in starts}
+        # [i, j]: option i is no larger and nowhere worse than option j
+        no_worse = np.asarray((criteria[:, :, None] <= criteria[:, None, :]).all(axis=0))
+        for option in range(len(sizes)):
+            rivals = no_worse[:, option] & ~(no_worse[option] & (np.arange(len(sizes)) >= option))
+            rivals[option] = False
+            if not rivals.any():
+                stays.add(option)
+        kept.append(tuple(sorted(stays)))
+    return tuple(kept)
+
+
+def thinned_setting(setting: SearchSetting, kept: Kept) -> SearchSetting:
+    """The setting of a search that knows only the options that are left."""
+    full = setting.problem
+    pairs = [np.array(options) for options in kept]
+    problem = Problem(
+        tuple(sizes[chosen] for sizes, chosen in zip(full.bytes, pairs, strict=True)),
+        tuple(losses[chosen] for losses, chosen in zip(full.losses, pairs, strict=True)),
+        full.budget_bytes,
+    )
+    return replace(
+        setting, problem=problem, starts=tuple(_narrow(start, kept) for start in setting.starts)
+    )
+
+
+class Thinned:
+    """A search over the options that are left, seen from outside as one over the full menus."""
+
+    name: ClassVar[str] = "thinned"
+
+    def __init__(self, search: Search, kept: Kept) -> None:
+        self._search = search
+        self._kept = kept
+
+    def ask(self, count: int, pending: Collection[Assignment]) -> list[Proposal]:
+        """The inner search's proposals, in options of the full menus."""
+        narrow = {_narrow(assignment, self._kept) for assignment in pending}
+        return [
+            Proposal(self._widen(proposal.assignment), proposal.fidelity)
+            for proposal in self._search.ask(count, narrow)
+        ]
+
+    def tell(self, evaluations: Sequence[Evaluation]) -> None:
+        """Hand results on in the inner search's options."""
+        self._search.tell(
+            [replace(e, assignment=_narrow(e.assignment, self._kept)) for e in evaluations]
+        )
+
+    @property
+    def best(self) -> Assignment | None:
+        """The inner search's best, in options of the full menus."""
+        best = self._search.best
+        return None if best is None else self._widen(best)
+
+    def _widen(self, assignment: Assignment) -> Assignment:
+        return tuple(options[i] for options, i in zip(self._kept, assignment, strict=True))
+
+
+def _narrow(assignment: Assignment, kept: Kept) -> Assignment:
+    return tuple(options.index(i) for options, i in zip(kept, assignment, strict=True))

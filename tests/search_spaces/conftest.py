@@ -1,0 +1,1 @@
+"""Being here puts this folder on the path: ``operators/`` uses ``operator_cases`` too."""
