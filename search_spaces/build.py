@@ -99,11 +99,11 @@ def build_space(model: nn.Module, request: SpaceRequest) -> SearchSpace:
             excluded.remove(cache.name)
             pins[cache.name] = Keep()
     for unit in units:
-        if unit.name in pins and (reason := unit.unfit(pins[unit.name])):
+        if unit.name in pins and (reason := _unfit(unit, pins[unit.name], model)):
             raise ValueError(f"pin of {unit.name!r} to {pins[unit.name].label}: {reason}")
     searched = tuple(unit for unit in units if unit.name not in excluded)
     free = {unit.name: menus[unit.name] for unit in searched if unit.name not in pins}
-    usable = _usable(searched, free)
+    usable = _usable(searched, free, model)
     return SearchSpace(
         wish.name,
         searched,
@@ -161,8 +161,20 @@ def bind_geometry(operator: AnyOperator, channels: int) -> AnyOperator:
     return bound
 
 
+def _unfit(unit: Unit, operator: AnyOperator, model: nn.Module) -> str:
+    """Why an operator cannot serve a unit of this model, or nothing if it can."""
+    if operator.name == "modegpt":
+        for member in unit.members:
+            path, _, leaf = member.module.rpartition(".")
+            parent = model.get_submodule(path)
+            own = dict(parent.named_parameters())
+            if leaf == "q_proj" and {"q_norm.weight", "q_proj.bias"} & own.keys():
+                return "its heads have norms or biases of queries and keys, which cannot shrink"
+    return unit.unfit(operator)
+
+
 def _usable(
-    units: Sequence[Unit], menus: Mapping[str, tuple[AnyOperator, ...]]
+    units: Sequence[Unit], menus: Mapping[str, tuple[AnyOperator, ...]], model: nn.Module
 ) -> dict[str, tuple[AnyOperator, ...]]:
     """The menus without options that a unit cannot take or that keeping it dense dominates.
 
@@ -181,7 +193,7 @@ def _usable(
         dense = min((unit.bytes(o) for o in offered if o.name == "keep"), default=None)
         kept = []
         for operator in offered:
-            if reason := unit.unfit(operator):
+            if reason := _unfit(unit, operator, model):
                 dropped[0] += 1
                 unfit.setdefault(operator.label, f"{operator.label} on {unit.name}: {reason}")
             elif dense is not None and operator.name != "keep" and unit.bytes(operator) >= dense:

@@ -13,6 +13,7 @@ from search_spaces.operators import (
     LowRank,
     LowRankPlus,
     MoDeGPT,
+    Prune,
     RoundToNearest,
     RowPrune,
     SparseGPT,
@@ -64,10 +65,14 @@ def _bits(group_size: int, *, symmetric: bool) -> tuple[AnyOperator, ...]:
 
 
 def _gptq() -> tuple[AnyOperator, ...]:
-    return (*(GPTQ(bits) for bits in _BITS[:-1]), RoundToNearest(8))
+    return (*(GPTQ(bits, act_order=True) for bits in _BITS[:-1]), RoundToNearest(8))
 
 
 def _sparsity() -> tuple[AnyOperator, ...]:
+    return tuple(Prune(share, "wanda") for share in _SHARES)
+
+
+def _sparse_gpt() -> tuple[AnyOperator, ...]:
     return tuple(SparseGPT(share) for share in _SHARES)
 
 
@@ -90,7 +95,7 @@ def _joint() -> tuple[AnyOperator, ...]:
         LowRank(0.25, "whitened", factors=four),
         *(SparseGPT(share, values=four) for share in (0.75, 0.625, 0.5)),
         *(Codebook(bits) for bits in (2, 3, 4)),
-        *(GPTQ(bits) for bits in (3, 4, 5)),
+        *(GPTQ(bits, act_order=True) for bits in (3, 4, 5)),
         LowRankPlus(8, ClippedRound(2, weighted=True), RoundToNearest(8)),
         RoundToNearest(6),
         RoundToNearest(8),
@@ -129,14 +134,15 @@ PRESETS: Registry[Preset] = Registry(
                 "round to nearest at 2, 3, 4, 5, 6 or 8 bits in groups of 128",
                 _bits(128, symmetric=True),
             ),
-            _preset("bits-gptq", "GPTQ at 2 to 6 bits in groups of 64, 8 rounded", _gptq()),
+            _preset("bits-gptq", "GPTQ at 2 to 6 bits in groups of 64; 8 bits rounded", _gptq()),
             _preset(
                 "gguf",
                 "block formats of llama.cpp, Q2_K to Q8_0; K-quants where 256 divides the columns",
                 gguf_menu(),
                 ties="llama.cpp",
             ),
-            _preset("sparsity", "SparseGPT, a bitmap and the kept weights at 16 bits", _sparsity()),
+            _preset("sparsity", "Wanda, a bitmap and the kept weights at 16 bits", _sparsity()),
+            _preset("sparsity-gpt", "the same with SparseGPT's update", _sparse_gpt()),
             _preset(
                 "rows",
                 "Wanda, each row of a matrix its own share, kept weights at 16 bits",

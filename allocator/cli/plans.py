@@ -36,6 +36,8 @@ def show(
     open_units: Annotated[
         list[str], typer.Option("--open", help="With --space: search embeddings or head too.")
     ] = [],
+    context: Annotated[int, typer.Option(min=0, help="With --space: tokens of cache.")] = 0,
+    context_batch: Annotated[int, typer.Option(min=1, help="Sequences of the cache.")] = 1,
     schema: Annotated[bool, typer.Option(help="Print the JSON Schema of plans instead.")] = False,
     space_schema: Annotated[bool, typer.Option(help="Print that of space files.")] = False,
     as_json: Json = False,
@@ -45,15 +47,21 @@ def show(
         print_json(plan_json_schema() if schema else space_json_schema())
         return
     if plan is None:
-        raise ValueError("expected a plan, or a model with --space: allocator show runs/NAME")
+        raise ValueError("expected a plan, a model with --space, or --schema: allocator show runs/NAME")
     if space is not None:
         from allocator.cli.spaces import show_space
 
-        wish = SpaceConfig(space=space, ties=ties, open_units=tuple(open_units))
+        wish = SpaceConfig(
+            space=space,
+            ties=ties,
+            open_units=tuple(open_units),
+            context=context,
+            batch=context_batch,
+        )
         show_space(plan, wish, budget, as_json=as_json)
         return
-    if budget or ties or open_units:
-        raise ValueError("--budget, --ties and --open price a space: give --space too")
+    if budget or ties or open_units or context:
+        raise ValueError("--budget, --ties, --open and --context price a space: give --space too")
     loaded = load_plan(_plan_file(Path(plan)))
     if as_json:
         print_json(loaded.model_dump(mode="json"))

@@ -125,15 +125,7 @@ class FactorisedExporter:
             write_text(folder, MODELING_NAME, code)
             _write_config(folder, plan, str(dtype).removeprefix("torch."))
         files = [destination / FILE_NAME, *sorted(destination.iterdir())]
-        others = {
-            entry.choice.label
-            for entry in plan.units
-            if not entry.unit.is_cache and not isinstance(entry.choice, Keep | LowRank)
-        }
-        notes = [f"Load it with trust_remote_code=True: it runs {MODELING_NAME} of the folder."]
-        if others:
-            notes.append(f"Matrices under {', '.join(sorted(others))} are written dense.")
-        return Receipt(tuple(dict.fromkeys(files)), num_weight_units(plan), tuple(notes))
+        return Receipt(tuple(dict.fromkeys(files)), num_weight_units(plan), _notes(plan))
 
     def verify(self, plan: Plan, artefact: Path) -> list[Mismatch]:
         """Compare the file with the plan, and the tensors where the checkpoint lies beside it.
@@ -190,6 +182,21 @@ def _low_rank(plan: Plan) -> list[tuple[PlanUnit, Member, LowRank]]:
             "as a dense checkpoint"
         )
     return found
+
+
+def _notes(plan: Plan) -> tuple[str, ...]:
+    """How to load the checkpoint, and what in it takes more bytes than the plan says."""
+    operators = [entry.choice for entry in plan.units if not entry.unit.is_cache]
+    dense = {o.label for o in operators if not isinstance(o, Keep | LowRank)}
+    rounded = {
+        o.label for o in operators if isinstance(o, LowRank) and not isinstance(o.factors, Keep)
+    }
+    notes = [f"Load it with trust_remote_code=True: it runs {MODELING_NAME} of the folder."]
+    if dense:
+        notes.append(f"Matrices under {', '.join(sorted(dense))} are written dense.")
+    if rounded:
+        notes.append(f"Factors under {', '.join(sorted(rounded))} are written decompressed.")
+    return tuple(notes)
 
 
 def _sizes(plan: Plan) -> dict[str, Sizes]:

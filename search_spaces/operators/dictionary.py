@@ -6,9 +6,9 @@ turn, in the space where the output error on the calibration text is the plain s
 
 The paper codes with orthogonal matching pursuit from nothing in each of 60 rounds. Here a row keeps
 its atoms from round to round and exchanges a part of them for better ones (subspace pursuit, Dai
-and Milenkovic 2009, algorithm 1): on the matrices of a small language model less error than the
-former in a tenth of the time. All rows are coded at once, by conjugate gradients confined to their
-atoms.
+and Milenkovic 2009, algorithm 1): on the matrices of a small language model as small an error
+after as many rounds, in a tenth of the time. All rows are coded at once, by conjugate gradients
+confined to their atoms.
 """
 
 from __future__ import annotations

@@ -181,19 +181,19 @@ def keep_highest(scores: Tensor, num_kept: int) -> Tensor:
     """Mark exactly so many of the highest scores of each row; of equal scores the first ones.
 
     Args:
-        scores: (rows, columns).
+        scores: (rows, columns); infinite ones are kept or dropped before all others.
         num_kept: Per row.
 
     Returns:
         (rows, columns) bool, true where kept.
 
     Raises:
-        ValueError: A score is not finite.
+        ValueError: A score is not a number.
     """
     import torch
 
-    if not torch.isfinite(scores).all():
-        raise ValueError("pruning scores must be finite: weights or statistics hold inf or NaN")
+    if scores.isnan().any():
+        raise ValueError("pruning scores must be numbers: weights or statistics hold inf or NaN")
     columns = scores.shape[1]
     if num_kept in (0, columns):
         return torch.full_like(scores, num_kept > 0, dtype=torch.bool)

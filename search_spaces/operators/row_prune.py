@@ -119,7 +119,11 @@ class RowPrune(SparseOperator):
         return SparseStorage(shape, num_kept, self.values)
 
     def select(self, weight: Tensor, stats: Statistics) -> tuple[Tensor, Tensor]:
-        """The highest scores of each row, as many as the split gives it; they stay as they are."""
+        """The highest scores of each row, as many as the split gives it; they stay as they are.
+
+        Raises:
+            ValueError: A statistic is missing, or something is not finite.
+        """
         import torch
 
         rows, columns = weight.shape
@@ -127,10 +131,13 @@ class RowPrune(SparseOperator):
         num_kept = self.num_kept((rows, columns))
         least = min(*kept_counts(columns, [self.floor]), num_kept // rows)
         if self.split == "water":
-            # The protected weights rank above all others; equal scores go by index.
-            ranked = scores.masked_fill(keep_highest(scores, least), torch.inf)
-            return keep_highest(ranked.reshape(1, -1), num_kept).reshape(weight.shape), weight
+            sure = keep_highest(scores, least)
+            others = scores.masked_fill(sure, -1.0).reshape(1, -1)  # below every score
+            more = keep_highest(others, num_kept - rows * least)
+            return sure | more.reshape(weight.shape), weight
         hessian = required(stats, "hessian", self.name).to(weight)
+        if not (bool(scores.isfinite().all()) and bool(hessian.isfinite().all())):
+            raise ValueError("row_prune: expected finite weights and statistics, got inf or NaN")
         order = scores.argsort(dim=1, descending=True, stable=True)
         counts = _trim(_prefix_outputs(weight, hessian, order), num_kept, least)
         places = torch.arange(columns, device=weight.device) < counts[:, None]

@@ -210,7 +210,10 @@ def test_other_operators_are_written_as_what_they_decompress_to(tmp_path, home):
     stats = statistics_of(plan)
     exporter = EXPORTERS["factorised"]()
     receipt = exporter.write_model(plan, loaded(dense), tmp_path / "out", stats)
-    assert any("int4-g16 are written dense" in note for note in receipt.notes)
+    assert receipt.notes[1:] == (
+        "Matrices under int4-g16 are written dense.",
+        "Factors under rank0.5(int8-row) are written decompressed.",
+    )
     assert exporter.verify(plan, tmp_path / "out") == []
     apply_plan(applied, plan, stats)
     model = reload(tmp_path / "out", dtype=torch.float32)

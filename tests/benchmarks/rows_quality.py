@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ def plans(rows, sparsity, curves):
 
     uniform = alike(Prune(sparsity, "wanda"))
     # As many weights of each matrix as rounding left uniform rows, which is not quite the share.
-    kept = [operator.num_kept(m.matrix_shape) for operator, m in zip(uniform, rows.members)]
+    kept = [uniform[0].num_kept(member.matrix_shape) for member in rows.members]
 
     def divided(rule):
         return [replace(rule, keep_exactly=number) for number in kept]

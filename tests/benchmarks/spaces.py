@@ -35,6 +35,7 @@ def run(space: str, budgets: tuple[str, ...], options: argparse.Namespace) -> No
         words = ["search", options.model, "--space", space, "--budget", ",".join(todo)]
         sizes = ["--num-guard", options.heldout, "--num-heldout", options.heldout]
         sizes += ["--num-statistics", options.statistics, "--trials", options.trials]
+        sizes += ["--threads", options.threads]
         name = space if len(todo) > 1 else f"{space}-{todo[0]}"
         where = ["--runs", str(options.runs), "--name", name, "--seed", str(options.seed)]
         subprocess.run([*options.command, *words, *map(str, sizes), *where], check=True)
@@ -60,14 +61,16 @@ def main() -> None:
     parser.add_argument("--statistics", type=int, default=32)
     parser.add_argument("--heldout", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--spaces", nargs="+", default=list(SPACES))
     options = parser.parse_args()
     options.command = [sys.executable, "-c", "from allocator.cli import main; main()"]
-    for space in SPACES:
+    for space in options.spaces:
         run(space, BUDGETS, options)
     print("| budget | space | stored bytes | held-out nats | solver's plan | uniform |")
     print("| --- | --- | --- | --- | --- | --- |")
     for budget in BUDGETS:
-        for space in SPACES:
+        for space in options.spaces:
             print(row(space, budget, load_plan(options.runs / f"{space}-{budget}" / "plan.json")))
 
 

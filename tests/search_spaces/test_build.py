@@ -175,3 +175,40 @@ def test_a_menu_for_no_unit_is_refused(llama, write):
     path = write("{name: a, menu: bits, menus: [{units: '*.dwn_proj', menu: bits}]}")
     with pytest.raises(ValueError, match=r"menus: .*did you mean '\*.down_proj'"):
         build_space(llama, SpaceRequest(path))
+
+
+def test_modegpt_is_not_offered_where_heads_have_norms():
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    space = build_space(Qwen3ForCausalLM(config), SpaceRequest(space="structured"))
+    labels = {
+        unit.kind: {option.operator.name for option in menu}
+        for unit, menu in zip(space.units, space.menus, strict=True)
+    }
+    assert labels == {"attention": {"keep"}, "mlp": {"modegpt", "keep"}}
+
+
+def test_options_as_large_as_the_dense_matrix_are_left_out(caplog):
+    space = build_space(tiny("llama"), SpaceRequest(space="rows"))
+    for unit, menu in zip(space.units, space.menus, strict=True):
+        dense = [option.bytes for option in menu if option.operator.name == "keep"]
+        assert all(o.bytes < dense[0] for o in menu if o.operator.name != "keep"), unit.name
+
+
+def test_a_space_of_caches_needs_a_context():
+    with pytest.raises(ValueError, match="say for how many tokens"):
+        build_space(tiny("llama"), SpaceRequest(space="kv"))
+    assert not any(
+        unit.is_cache for unit in build_space(tiny("llama"), SpaceRequest(space="joint")).units
+    )
+    joint = build_space(tiny("llama"), SpaceRequest(space="joint", context=64))
+    assert sum(unit.is_cache for unit in joint.units) == joint.depths

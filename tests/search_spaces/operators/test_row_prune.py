@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -320,3 +321,12 @@ def test_fields_are_checked(fields, message):
 def test_missing_statistics_are_named(operator, kind):
     with pytest.raises(ValueError, match=f"row_prune needs the {kind}"):
         operator.apply(torch.ones(2, 3), Statistics())
+
+
+@pytest.mark.parametrize("kind", ["second_moment", "hessian"])
+def test_statistics_that_are_not_finite_are_refused(kind):
+    weight, stats, _ = matrix(4, 6)
+    bad = getattr(stats, kind).clone()
+    bad[..., 2] = torch.nan
+    with pytest.raises(ValueError, match="inf or NaN"):
+        RowPrune(0.5, "trim").select(weight, replace(stats, **{kind: bad}))
