@@ -8,7 +8,8 @@ export RAY_USAGE_STATS_ENABLED := 0
 RUN_MODEL := smollm2-135m
 RUN_BUDGET := 3.25bpw
 
-.PHONY: run test lint test-slow test-embedded test-all bench-solvers bench-searches bench-rows bench-rows-quality schema clean
+.PHONY: run test lint test-slow test-embedded test-all bench-solvers bench-searches bench-rows bench-rows-quality bench-spaces \
+  schema clean
 
 run: $(STAMP)
 	$(BIN)/allocator search $(RUN_MODEL) --space bits --budget $(RUN_BUDGET) --time 210s \
@@ -43,6 +44,9 @@ bench-rows: $(STAMP)
 
 bench-rows-quality: $(STAMP)
 	$(BIN)/python tests/benchmarks/rows_quality.py
+
+bench-spaces: $(STAMP)
+	$(BIN)/python tests/benchmarks/spaces.py
 
 schema: $(STAMP)
 	$(BIN)/python -c "import json; from allocator.plan import plan_json_schema; print(json.dumps(plan_json_schema(), indent=1))" > allocator/plan.schema.json
