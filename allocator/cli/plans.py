@@ -37,7 +37,7 @@ def show(
         list[str], typer.Option("--open", help="With --space: search embeddings or head too.")
     ] = [],
     context: Annotated[int, typer.Option(min=0, help="With --space: tokens of cache.")] = 0,
-    context_batch: Annotated[int, typer.Option(min=1, help="Sequences of the cache.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of the cache.")] = 1,
     schema: Annotated[bool, typer.Option(help="Print the JSON Schema of plans instead.")] = False,
     space_schema: Annotated[bool, typer.Option(help="Print that of space files.")] = False,
     as_json: Json = False,
@@ -47,7 +47,9 @@ def show(
         print_json(plan_json_schema() if schema else space_json_schema())
         return
     if plan is None:
-        raise ValueError("expected a plan, a model with --space, or --schema: allocator show runs/NAME")
+        raise ValueError(
+            "expected a plan, a model with --space, or --schema: allocator show runs/NAME"
+        )
     if space is not None:
         from allocator.cli.spaces import show_space
 
@@ -56,7 +58,7 @@ def show(
             ties=ties,
             open_units=tuple(open_units),
             context=context,
-            batch=context_batch,
+            batch=batch,
         )
         show_space(plan, wish, budget, as_json=as_json)
         return

@@ -29,7 +29,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines; no 
 _RUNS = Path("runs")
 # Options that are not called like their place in the configuration.
 _OPTIONS = {
-    "space.batch": "context-batch",
+    "search.batch": "sequences",
     "data.statistics": "num-statistics",
     "data.search": "num-search",
     "data.guard": "num-guard",
@@ -52,7 +52,7 @@ def search(
     ] = [],
     bar_keep: Annotated[bool, typer.Option(help="Offer no dense option.")] = False,
     context: Annotated[int, typer.Option(help="Tokens of cache in the budget; 0: none.")] = 0,
-    context_batch: Annotated[int, typer.Option(help="Sequences of the cache.")] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences of the cache.")] = 1,
     apart: Annotated[bool, typer.Option(help="Choose keys and values of caches apart.")] = False,
     text: Annotated[str, typer.Option(help="datasets id, .txt, .jsonl, .parquet or embedded.")] = (
         "wiki-summaries"
@@ -75,7 +75,7 @@ def search(
     scorer: Annotated[str, typer.Option(help="Loss table that the search starts from.")] = "blend",
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     window: Annotated[int, typer.Option(help="Proposals under way at once.")] = 4,
-    batch: Annotated[int, typer.Option(help="Sequences per evaluation.")] = 4,
+    sequences: Annotated[int, typer.Option(help="Sequences per evaluation.")] = 4,
     trials: Annotated[int | None, typer.Option(help="Most evaluations (150 if no cap).")] = None,
     tokens: Annotated[int | None, typer.Option(help="Most forward tokens.")] = None,
     time: Annotated[str | None, typer.Option(help="Longest search, such as 5m.")] = None,
@@ -101,7 +101,7 @@ def search(
             "open_units": open_units,
             "bar_keep": bar_keep,
             "context": context,
-            "batch": context_batch,
+            "batch": batch,
             "apart": apart,
         },
         "data": {
@@ -126,7 +126,7 @@ def search(
             "scorer": scorer,
             "seed": seed,
             "window": window,
-            "batch": batch,
+            "batch": sequences,
         },
         "caps": {
             "trials": 150 if no_cap else trials,

@@ -13,6 +13,13 @@ weights. How the matrix's weights are divided among its rows:
   Unlike the paper's loop, totals are exact at every step (box projection, largest remainder) and
   the whole grid of learning rates is tried, since a tie ended its sweep early.
 
+Which losses ``water`` compares between rows matters more than the split itself. Wanda's squared
+scores count the error of every output alike. ``factored_fisher`` weighs them by how much the loss
+feels that output, in nats, so that rows of different matrices can be compared as well: a gradient
+is an output's gradient times an input, so the Fisher is about ``E d^2 E x^2`` (the diagonals of the
+factors of K-FAC, Martens and Grosse, 2015), with ``E d^2`` the row's Fisher over the sum of
+``E x^2``.
+
 The mask says which weights each row kept, so nothing else is stored and a plan needs the operator
 only. A share of each row is kept whatever it scores: an output that is gone is gone for all text.
 """
@@ -45,6 +52,7 @@ if TYPE_CHECKING:
 
 _SPLITS = {"water": "rows", "trim": "trim"}
 _DEFAULT_FLOOR = 0.05
+_SCORES = {**SCORE_NEEDS, "factored_fisher": frozenset({"fisher", "second_moment"})}
 _SQUARED = ("magnitude", "wanda")  # scores whose squares are losses; the others are losses
 
 _RATES = (0.01, 0.02, 0.04, 0.08, 0.12, 0.16, -0.01, -0.02, -0.04)  # TRIM's, of both directions
@@ -61,7 +69,9 @@ class RowPrune(SparseOperator):
         sparsity: Share of the matrix's weights to drop, 0 to 1; rounded to whole weights, halves
             up, so that ``rows * columns - floor(rows * columns * sparsity + 1/2)`` are kept.
         split: ``water`` or ``trim``.
-        score: Orders the weights of a row: ``magnitude``, ``wanda``, ``fisher`` or ``d_pruner``.
+        score: Orders the weights of a row, and says what ``water`` compares between rows:
+            ``magnitude``, ``wanda``, ``fisher``, ``d_pruner`` or ``factored_fisher``, which orders
+            the weights of a row as ``wanda`` does.
         values: Stores the weights that are kept.
         floor: Least share that each row keeps, rounded up to whole weights; lowered to an even
             share where the total is smaller than that.
@@ -82,8 +92,8 @@ class RowPrune(SparseOperator):
         check_sparsity(self.name, self.sparsity)
         if self.split not in _SPLITS:
             raise ValueError(f"row_prune: split must be {' or '.join(_SPLITS)}, got {self.split!r}")
-        if self.score not in SCORE_NEEDS:
-            known = ", ".join(SCORE_NEEDS)
+        if self.score not in _SCORES:
+            known = ", ".join(_SCORES)
             raise ValueError(f"row_prune: score must be one of {known}, got {self.score!r}")
         if not 0 <= self.floor <= 1:
             raise ValueError(f"row_prune: floor must be 0 to 1, got {self.floor}")
@@ -95,7 +105,7 @@ class RowPrune(SparseOperator):
     def needs(self) -> frozenset[str]:
         """What the split, the score and the values need."""
         own = frozenset({"hessian"}) if self.split == "trim" else frozenset[str]()
-        return own | SCORE_NEEDS[self.score] | self.values.needs
+        return own | _SCORES[self.score] | self.values.needs
 
     @property
     def label(self) -> str:
@@ -127,7 +137,7 @@ class RowPrune(SparseOperator):
         import torch
 
         rows, columns = weight.shape
-        scores = score_weights(self.score, weight, stats, self.name)
+        scores = weight_losses(self.score, weight, stats)
         num_kept = self.num_kept((rows, columns))
         least = min(*kept_counts(columns, [self.floor]), num_kept // rows)
         if self.split == "water":
@@ -145,12 +155,26 @@ class RowPrune(SparseOperator):
 
 
 def weight_losses(score: str, weight: Tensor, stats: Statistics) -> Tensor:
-    """(rows, columns) float32 loss of dropping each weight, as ``water`` sums it.
+    """What dropping each weight loses, as ``water`` sums it; larger means keep.
+
+    Args:
+        score: A score of :class:`RowPrune`.
+        weight: (rows, columns).
+        stats: What the score needs.
+
+    Returns:
+        (rows, columns) float32, not negative.
 
     Raises:
         ValueError: A statistic that the score needs is missing.
     """
-    scores = score_weights(score, weight.float(), stats, RowPrune.name)
+    weight = weight.float()
+    if score == "factored_fisher":
+        moment = required(stats, "second_moment", RowPrune.name).to(weight)
+        fisher = required(stats, "fisher", RowPrune.name).to(weight)
+        gradients = fisher.sum(1, keepdim=True) / moment.sum().clamp(min=1e-30)
+        return gradients * weight.square() * moment / 2
+    scores = score_weights(score, weight, stats, RowPrune.name)
     return scores.square() if score in _SQUARED else scores
 
 

@@ -27,7 +27,7 @@ TINY = {
     "--num-search": 8,
     "--num-guard": 4,
     "--num-heldout": 4,
-    "--batch": 4,
+    "--sequences": 4,
     "--trials": 12,
     "--budget": "2.6bpw",
 }

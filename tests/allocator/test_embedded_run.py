@@ -19,7 +19,7 @@ def test_main_job_on_the_embedded_model(tmp_path):
         model="smollm2-135m",
         text="wiki-summaries",
         budget="3.25bpw",
-        batch=2,
+        sequences=2,
         trials=6,
     )
     plan = load_plan(folder / "plan.json")

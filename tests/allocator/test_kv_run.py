@@ -122,7 +122,7 @@ def test_evaluating_a_plan_runs_its_caches(run, plan, tmp_path):
 
 def test_a_preset_that_searches_no_caches_counts_them_dense(tmp_path):
     plain = search(tmp_path, "plain", trials=2)
-    run = search(tmp_path, "run", trials=2, context=CONTEXT, context_batch=2)
+    run = search(tmp_path, "run", trials=2, context=CONTEXT, batch=2)
     plan, without = load_plan(run / "plan.json"), load_plan(plain / "plan.json")
     assert plan.cache_bytes == 2 * DENSE_CACHE
     assert {e.choice for e in plan.units if e.unit.is_cache} == {Keep()}
@@ -152,8 +152,8 @@ def test_mistakes_are_told_before_anything_is_measured(tmp_path):
         (("3bpw", "--space", space, "--context", 512), "says nothing of the cache"),
         (("40%", "--space", space), "say for how many tokens"),
         (("40%", "--context", -1), "--context: Input should be greater than or equal to 0"),
-        (("40%", "--context", 5, "--context-batch", 0), "--context-batch: Input should be"),
-        (("40%", "--context-batch", 3), "give its context too"),
+        (("40%", "--context", 5, "--batch", 0), "--batch: Input should be"),
+        (("40%", "--batch", 3), "give its context too"),
         (("1%", "--context", 512), "of weights and caches"),
     ):
         result = allocator(*common, *words)

@@ -6,9 +6,9 @@ Prints a Markdown table. Not run by default; about half an hour on two cores as 
 
 At each sparsity every plan stores at most the bytes of pruning all rows of all matrices alike with
 Wanda's score (``uniform``). ``water`` and ``trim`` divide each matrix's weights among its own rows.
-``joint`` gives all rows of all matrices one multiplier: on Fisher estimates in nats, on Wanda's
-squared scores, or on these relative to what the matrix puts out in all. Losses are KL to the dense
-model in nats per token; beside them the difference to ``uniform``, paired by sequence. Both come
+``joint`` gives all rows of all matrices one multiplier; every row keeps at least 5 % of its
+weights, or with ``half`` at least half of what uniform rows keep. Losses are KL to the dense model
+in nats per token; beside them the difference to ``uniform wanda``, paired by sequence. Both come
 with standard errors.
 """
 
@@ -18,6 +18,7 @@ import argparse
 import os
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from search_spaces.operators.members import logical, physical
 from search_spaces.operators.row_prune import kept_counts, row_losses, weight_losses
 from search_spaces.space import SearchSpace, build_menu
 
-SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+NUM_SHARES = 24
 
 
 class Rows:
@@ -90,40 +91,38 @@ class Rows:
             parameter.data = dense
         return np.array(losses.nats)
 
-    def curves(self, score, *, relative):
-        """The joint problem's losses."""
-        found = []
+    def joint(self, score, floor, budget_bytes):
+        """One multiplier for all rows of all matrices."""
+        shares = np.linspace(floor, 1.0, NUM_SHARES).tolist()
+        curves = []
         for member, weight, stats in self.weights():
             losses = weight_losses(score, weight, stats)
-            curve = row_losses(losses, kept_counts(weight.shape[1], SHARES)).numpy()
-            total = float(losses.sum()) if relative else 1.0
-            found.append(RowCurves(member.name, member.matrix_shape, curve / np.float32(total)))
-        return found
+            curve = row_losses(losses, kept_counts(weight.shape[1], shares)).numpy()
+            curves.append(RowCurves(member.name, member.matrix_shape, curve))
+        rule = RowPrune(0.0, score=score)
+        return list(allocate_rows(curves, shares, budget_bytes=budget_bytes, rule=rule).operators)
 
 
-def plans(rows, sparsity, curves):
-    """(name, one operator per matrix), one after the other; the first is what all must match."""
-
-    def alike(operator):
-        return [operator] * len(rows.members)
-
-    uniform = alike(Prune(sparsity, "wanda"))
+def plans(rows, sparsity):
+    """(name, makes one operator per matrix); the first is what all must match."""
+    uniform = [Prune(sparsity, "wanda")] * len(rows.members)
     # As many weights of each matrix as rounding left uniform rows, which is not quite the share.
     kept = [uniform[0].num_kept(member.matrix_shape) for member in rows.members]
+    budget = rows.bytes(uniform)
 
-    def divided(rule):
-        return [replace(rule, keep_exactly=number) for number in kept]
+    def divided(split, score):
+        rule = RowPrune(sparsity, split, score)
+        return lambda: [replace(rule, keep_exactly=number) for number in kept]
 
-    yield "uniform wanda", uniform
-    yield "uniform fisher", alike(Prune(sparsity, "fisher"))
-    yield "water wanda", divided(RowPrune(sparsity))
-    yield "water fisher", divided(RowPrune(sparsity, score="fisher"))
-    yield "trim wanda", divided(RowPrune(sparsity, "trim"))
-    for name, (score, found) in curves.items():
-        joint = allocate_rows(
-            found, SHARES, budget_bytes=rows.bytes(uniform), rule=RowPrune(sparsity, score=score)
-        )
-        yield name, list(joint.operators)
+    yield "uniform wanda", lambda: uniform
+    yield "uniform fisher", lambda: [Prune(sparsity, "fisher")] * len(rows.members)
+    for score in ("wanda", "fisher", "factored_fisher"):
+        yield f"water {score}", divided("water", score)
+    yield "trim wanda", divided("trim", "wanda")
+    for score in ("wanda", "fisher", "factored_fisher"):
+        yield f"joint {score}", partial(rows.joint, score, 0.05, budget)
+    for score in ("fisher", "factored_fisher"):
+        yield f"joint {score} half", partial(rows.joint, score, (1 - sparsity) / 2, budget)
 
 
 def main():
@@ -138,21 +137,17 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     rows = Rows(options)
-    curves = {
-        "joint fisher": ("fisher", rows.curves("fisher", relative=False)),
-        "joint wanda": ("wanda", rows.curves("wanda", relative=False)),
-        "joint wanda relative": ("wanda", rows.curves("wanda", relative=True)),
-    }
     tokens = options.heldout * options.length
     print(f"{options.model}: {tokens} held-out tokens, {options.statistics} statistics sequences\n")
     print("| sparsity | plan | stored bytes | held-out nats | - uniform wanda | s |")
     print("|---|---|---|---|---|---|")
     for sparsity in options.sparsities:
         reference = None
-        for name, operators in plans(rows, sparsity, curves):
+        for name, make in plans(rows, sparsity):
             if reference is not None and not any(word in name for word in options.plans):
                 continue
             started = time.perf_counter()
+            operators = make()
             nats = rows.measure(operators)
             seconds = time.perf_counter() - started
             reference = nats if reference is None else reference

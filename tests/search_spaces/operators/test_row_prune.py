@@ -74,7 +74,7 @@ def test_total_is_exact_and_no_row_goes_below_the_floor(split, sparsity):
     assert torch.equal(kept, weight)
 
 
-@pytest.mark.parametrize("score", ["magnitude", "wanda", "fisher"])
+@pytest.mark.parametrize("score", ["magnitude", "wanda", "fisher", "factored_fisher"])
 def test_water_is_the_split_of_least_loss(score):
     weight, stats, _ = matrix(4, 6)
     losses = weight_losses(score, weight, stats)
@@ -99,9 +99,23 @@ def test_losses_are_squared_scores_and_fisher_estimates_as_they_are():
         "magnitude": squared,
         "wanda": squared * stats.second_moment,
         "fisher": squared * stats.fisher / 2,
+        "factored_fisher": squared
+        * stats.second_moment
+        * stats.fisher.mean(1, keepdim=True)
+        / stats.second_moment.mean()
+        / 2,
     }
     for score, losses in expected.items():
         torch.testing.assert_close(weight_losses(score, weight, stats), losses)
+
+
+def test_a_factored_fisher_is_the_fisher_where_it_has_rank_one():
+    weight, stats, _ = matrix(5, 8)
+    rank_one = replace(stats, fisher=torch.linspace(0.1, 1, 5)[:, None] * stats.second_moment)
+    torch.testing.assert_close(
+        weight_losses("factored_fisher", weight, rank_one),
+        weight_losses("fisher", weight, rank_one),
+    )
 
 
 def test_row_losses_sum_what_is_dropped():
@@ -293,6 +307,7 @@ def test_labels_differ_and_needs_follow_the_fields():
     assert RowPrune(0.5, score="magnitude").needs == set()
     assert RowPrune(0.5).needs == {"second_moment"}
     assert RowPrune(0.5, "trim", "fisher").needs == {"fisher", "hessian"}
+    assert RowPrune(0.5, score="factored_fisher").needs == {"fisher", "second_moment"}
 
 
 @pytest.mark.parametrize(
@@ -300,7 +315,10 @@ def test_labels_differ_and_needs_follow_the_fields():
     [
         ({"sparsity": 1.1}, "sparsity must be 0 to 1, got 1.1"),
         ({"split": "even"}, "split must be water or trim, got 'even'"),
-        ({"score": "snip"}, "score must be one of magnitude, wanda, .*, got 'snip'"),
+        (
+            {"score": "snip"},
+            "score must be one of magnitude, wanda, .*, factored_fisher, got 'snip'",
+        ),
         ({"floor": -0.1}, "floor must be 0 to 1, got -0.1"),
         ({"keep_exactly": -1}, "keep_exactly must be >= 0, got -1"),
     ],
