@@ -71,6 +71,8 @@ def allocate_rows(
 
     A row is priced as its share of a bitmap. That is exact for values kept in 16 bits, and never
     too little for values in groups: only the last group of a matrix is short, not one of each row.
+    A matrix that ends below 1/16 of its weights is stored in compressed rows, which take less than
+    the bitmap that was paid for; those bytes stay unspent.
 
     Args:
         curves: The matrices.
