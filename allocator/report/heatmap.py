@@ -8,6 +8,7 @@ bands of a few dozen layers, and downwards on a phone.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -205,7 +206,7 @@ def cell_colours(bits: float, low: float, high: float) -> tuple[str, str]:
 
 def _short_labels(labels: set[str]) -> Mapping[str, str]:
     """For cells: ``int3-g64`` is ``3`` where that tells the plan's options apart."""
-    heads = {label: label.split("-")[0] for label in labels}
+    heads = {label: re.split(r"[-(]", label)[0] for label in labels}
     short = {label: head.removeprefix("int") or head for label, head in heads.items()}
     return short if len(set(short.values())) == len(short) else {label: label for label in labels}
 
