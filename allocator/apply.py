@@ -12,17 +12,18 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from allocator.plan import CONTAINER_METADATA, Plan, PlanUnit, save_plan
+from objectives.tensor_file import write_tensors
 from search_spaces.operators import Statistics
 from search_spaces.operators.members import compress_unit, pack_unit, unpack_unit
 from search_spaces.storage import StoredTensor
@@ -108,7 +109,7 @@ def apply_plan(model: nn.Module, plan: Plan, statistics: StatisticsByName = NO_S
         model: The plan's model, dense.
         plan: Which operator each unit gets.
         statistics: By member name, for plans whose operators need them; see
-            :mod:`allocator.statistics_file`.
+            :mod:`objectives.statistics_file`.
 
     Raises:
         ValueError: The model is not the plan's, or an operator's statistics are missing.
@@ -118,9 +119,15 @@ def apply_plan(model: nn.Module, plan: Plan, statistics: StatisticsByName = NO_S
         for entry in _weights(plan):
             made = compressed(model, entry, statistics)
             for member, tensor in zip(entry.unit.members, made, strict=True):
-                _tensor(model, member.name).copy_(tensor)
-        for stored in _fixed(plan):
-            tensor = _tensor(model, stored.name)
+                tensor_of(model, member.name).copy_(tensor)
+    round_fixed(model, _fixed(plan))
+
+
+def round_fixed(model: nn.Module, fixed: Iterable[StoredTensor]) -> None:
+    """Round tensors that are not searched, in place, to the types they are stored in."""
+    with torch.no_grad():
+        for stored in fixed:
+            tensor = tensor_of(model, stored.name)
             tensor.copy_(tensor.to(STORED_TYPES[stored.dtype]))
 
 
@@ -198,23 +205,13 @@ def write_packed(
     """
     check_model(plan, model)
     tensors = {
-        stored.name: _tensor(model, stored.name).detach().to(STORED_TYPES[stored.dtype]).cpu()
+        stored.name: tensor_of(model, stored.name).detach().to(STORED_TYPES[stored.dtype]).cpu()
         for stored in _fixed(plan)
     }
     for entry in _weights(plan):
         _check_statistics(entry, statistics)
         tensors |= pack_unit(_parameters(model, entry), entry.unit, entry.choice, statistics)
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file(contiguous, temporary, CONTAINER_METADATA)
-        size = temporary.stat().st_size
-        assert size == plan.file_bytes, (size, plan.file_bytes)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_tensors(tensors, path, metadata=CONTAINER_METADATA, exact_bytes=plan.file_bytes)
 
 
 def read_packed(path: Path, plan: Plan, model: nn.Module) -> None:
@@ -252,11 +249,11 @@ def fill_model(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], path
     _check_stored(plan, tensors, path)
     with torch.no_grad():
         for stored in _fixed(plan):
-            _tensor(model, stored.name).copy_(tensors[stored.name])
+            tensor_of(model, stored.name).copy_(tensors[stored.name])
         for entry in _weights(plan):
             unpacked = unpack_unit(tensors, entry.unit, entry.choice)
             for member, tensor in zip(entry.unit.members, unpacked, strict=True):
-                _tensor(model, member.name).copy_(tensor)
+                tensor_of(model, member.name).copy_(tensor)
 
 
 def _check_stored(plan: Plan, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -292,7 +289,7 @@ def _weights(plan: Plan) -> list[PlanUnit]:
 
 
 def _parameters(model: nn.Module, entry: PlanUnit) -> list[Tensor]:
-    return [_tensor(model, member.name).detach() for member in entry.unit.members]
+    return [tensor_of(model, member.name).detach() for member in entry.unit.members]
 
 
 def _fixed(plan: Plan) -> tuple[StoredTensor, ...]:
@@ -325,7 +322,8 @@ def _place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     return tensor.data_ptr(), tuple(tensor.shape)
 
 
-def _tensor(model: nn.Module, name: str) -> Tensor:
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its full name, which the model has."""
     found = _find(model, name)
     assert found is not None, name
     return found

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from allocator.apply import STORED_TYPES
+from allocator.apply import round_fixed
 from allocator.config import MeasureConfig
 from allocator.executors import Measure
 from objectives.bank import Bank
@@ -63,10 +63,7 @@ class Bench:
         Tensors that are not searched are rounded to the type they will be stored in, so that what
         is measured is what a packed file holds.
         """
-        with torch.no_grad():
-            for stored in space.fixed:
-                tensor = _tensor(model, stored.name)
-                tensor.copy_(tensor.to(STORED_TYPES[stored.dtype]))
+        round_fixed(model, space.fixed)
         bank, meter = Bank(model, space), TokenMeter()
         evaluator = Evaluator(model, task, bank, meter)
         return cls(model, task, space, bank, meter, evaluator, kept)
@@ -198,11 +195,3 @@ def load_model_for(name: str, measure: MeasureConfig, threads: int) -> LoadedMod
 def resolve_threads(threads: int, workers: int) -> int:
     """Torch threads of each measuring process; 0 shares this process's cores between workers."""
     return threads or max(1, len(os.sched_getaffinity(0)) // workers)
-
-
-def _tensor(model: nn.Module, name: str) -> torch.Tensor:
-    """A parameter or buffer by its full name."""
-    module, _, leaf = name.rpartition(".")
-    tensor = getattr(model.get_submodule(module), leaf)
-    assert isinstance(tensor, torch.Tensor), name
-    return tensor

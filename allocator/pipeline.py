@@ -25,7 +25,7 @@ from allocator.searches import SEARCHES
 from allocator.searches.base import SearchSetting
 from allocator.searches.thinning import Thinned, thinned_setting, undominated
 from allocator.solvers.dynamic import DynamicProgram
-from allocator.tables import BenchSource, Records, TableStore, build_tables
+from allocator.tables import BenchSource, Records, TableStore, build_tables, record_tokens
 from objectives.evaluation import Evaluation, Fidelity, evaluation_key
 from objectives.sensitivity import LossTable
 from search_spaces.space import Assignment, SearchSpace
@@ -200,16 +200,12 @@ class Measuring:
         bench = self._stage.bench()
         before = dict(bench.meter.counts)
         bench.observe()
-        observed = {k: n - before.get(k, 0) for k, n in bench.meter.counts.items()}
-        if any(observed.values()):
-            self._stage.records.append({"type": "tokens", "counts": observed})
+        record_tokens(bench, before, self._stage.records)
         advance = self._stage.reporter.stage("dense model", len(self._stage.num_sequences))
         for done, split in enumerate(self._stage.num_sequences, start=1):
-            known = bench.meter.counts["teacher"]
+            before = dict(bench.meter.counts)
             bench.evaluator.prepare(split)
-            spent = bench.meter.counts["teacher"] - known
-            if spent:
-                self._stage.records.append({"type": "tokens", "counts": {"teacher": spent}})
+            record_tokens(bench, before, self._stage.records)
             advance(done, split)
 
 

@@ -71,17 +71,7 @@ def price_space(model: str, wish: SpaceConfig) -> SearchSpace:
     Raises:
         ValueError: No such model, or a faulty space.
     """
-    request = SpaceRequest(
-        space=wish.space,
-        ties=wish.ties,
-        pins=wish.pins,
-        exclude=wish.exclude,
-        open_units=wish.open_units,
-        bar_keep=wish.bar_keep,
-        context=wish.context,
-        batch=wish.batch,
-        apart=wish.apart,
-    )
+    request = SpaceRequest(**wish.model_dump())  # the fields of both are the same
     return build_space(skeleton(find_model(model)), request)
 
 

@@ -122,7 +122,7 @@ def build_tables(
                 reporter.note(f"the {name} scorer is left out: {error}")
                 records.append({"type": "left_out", "scorer": name, "reason": str(error)})
                 del rows[name]
-        _record_tokens(bench, before, records)
+        record_tokens(bench, before, records)
     tables = {
         name: LossTable(name, SCORERS[name].unit, tuple(np.array(row, float) for row in table))
         for name, table in rows.items()
@@ -153,12 +153,12 @@ def _observe(
     before = dict(bench.meter.counts)
     advance = reporter.stage("statistics", bench.task.num_sequences("statistics"))
     statistics = bench.observe(needs, lambda done, total: advance(done, ""))
-    _record_tokens(bench, before, records)
+    record_tokens(bench, before, records)
     caches = CacheLosses(bench.model, bench.task, space, bank=bench.bank, meter=bench.meter)
     return ScoringContext(space, bench.bank, statistics, caches)
 
 
-def _record_tokens(bench: Bench, before: Mapping[str, int], records: Records) -> None:
+def record_tokens(bench: Bench, before: Mapping[str, int], records: Records) -> None:
     """Record what statistics have cost since the meter stood at ``before``."""
     spent = {
         kind: count - before.get(kind, 0)

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from objectives.tensor_file import write_tensors
 from objectives.texts import load_documents
 
 if TYPE_CHECKING:
@@ -121,13 +121,7 @@ class Calibration:
             ValueError: It cannot be written.
         """
         metadata = {"source": self.source, "hashes": json.dumps(self.hashes)}
-        temporary = path.with_suffix(".tmp")
-        tensors = {name: tokens.contiguous() for name, tokens in self.splits.items()}
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot write the calibration tokens {path}: {error}") from error
+        write_tensors(self.splits, path, metadata=metadata, what="the calibration tokens")
 
     @classmethod
     def load(cls, path: Path) -> Calibration:

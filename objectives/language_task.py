@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from objectives.calibration import Calibration
 from objectives.task import SequenceLosses
 from objectives.teacher import TeacherCache, keep_top, kl_per_token
+from objectives.tensor_file import write_tensors
 
 DEFAULT_TOP_K = 256
 
@@ -82,12 +82,7 @@ class LanguageTask:
         self._teachers[split] = cache
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            try:
-                save_file(cache.tensors(split), temporary)
-                temporary.replace(path)
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"cannot write the teacher cache {path}: {error}") from error
+            write_tensors(cache.tensors(split), path, what="the teacher cache")
         return self._splits[split].numel()
 
     def sequence_losses(

@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from objectives.tensor_file import write_tensors
 from search_spaces.operators import Statistics
 
 FILE_NAME = "statistics.safetensors"
@@ -40,19 +40,17 @@ class StatisticsFile:
             ValueError: The file cannot be written.
         """
         tensors = {
-            f"{member}{_SEPARATOR}{kind}": value.contiguous().cpu()
+            f"{member}{_SEPARATOR}{kind}": value.cpu()
             for member, found in statistics.items()
             for kind in sorted(kinds)
             if (value := getattr(found, kind)) is not None
         }
         metadata = {"identity": self.identity, "kinds": json.dumps(sorted(kinds))}
-        temporary = self.path.with_suffix(".tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, metadata)
-            temporary.replace(self.path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise ValueError(f"cannot write the statistics {self.path}: {error}") from error
+        write_tensors(tensors, self.path, metadata=metadata, what="the statistics")
 
     def load(self, device: str = "cpu") -> tuple[frozenset[str], dict[str, Statistics]]:
         """The kinds that are kept and the statistics by member name; nothing if there is no file.

@@ -18,6 +18,7 @@ from pathlib import Path
 from torch import nn
 
 from search_spaces.models import discover
+from search_spaces.models.geometry import head_dim
 from search_spaces.models.kv_layers import KV_MENU, cache_units
 from search_spaces.operators import AnyOperator, Keep, KVQuantize
 from search_spaces.presets import PRESETS
@@ -83,7 +84,7 @@ def build_space(model: nn.Module, request: SpaceRequest) -> SearchSpace:
         for pattern in (*wish.exclude, *request.exclude)
         for unit in _matching(units, pattern, "exclude")
     }
-    geometry = head_dim(model)
+    geometry = head_dim(getattr(model, "config", None))
     menus = _menus(units, wish, geometry, bar_keep=request.bar_keep or not wish.keep)
     by_label = _by_label((*menus.values(), KV_MENU) if caches else menus.values())
     ours = [(pattern, _labelled(label, by_label)) for pattern, label in request.pins]
@@ -141,16 +142,6 @@ def _caches(model: nn.Module, request: SpaceRequest, wish: SpaceFile) -> tuple[U
     if request.batch != 1 or request.apart:
         raise ValueError("batch and apart speak of the model's cache: give its context too")
     return ()
-
-
-def head_dim(model: nn.Module) -> int:
-    """Channels of an attention head by the model's configuration, 0 where it does not say."""
-    config = getattr(model, "config", None)
-    said = getattr(config, "head_dim", None)
-    if isinstance(said, int) and said > 0:
-        return said
-    width, heads = (getattr(config, name, 0) for name in ("hidden_size", "num_attention_heads"))
-    return width // heads if width and heads else 0
 
 
 def bind_geometry(operator: AnyOperator, channels: int) -> AnyOperator:

@@ -217,6 +217,11 @@ def write_text(destination: Path, name: str, text: str) -> Path:
     return path
 
 
+def folder_of(artefact: Path) -> Path:
+    """The folder of an export, given itself or a file in it."""
+    return artefact if artefact.is_dir() else artefact.parent
+
+
 def read_text(artefact: Path, name: str) -> str:
     """An export's file, given itself or the folder that holds it.
 

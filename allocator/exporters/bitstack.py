@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from allocator.exporters.base import Mismatch, Receipt, read_text, write_text
+from allocator.exporters.base import Mismatch, Receipt, folder_of, read_text, write_text
 from allocator.exporters.bitstack_order import (
     Block,
     Levels,
@@ -100,7 +100,7 @@ class BitStackExporter:
             if (got := stack.stored_bytes(num_blocks)) != expected:
                 place = f"{num_blocks} blocks"
                 mismatches.append(Mismatch(place, f"{expected} bytes", f"{got} bytes"))
-        weights = (artefact if artefact.is_dir() else artefact.parent) / WEIGHTS_NAME
+        weights = folder_of(artefact) / WEIGHTS_NAME
         return mismatches + (_check_weights(stack, weights) if weights.exists() else [])
 
 
@@ -186,7 +186,7 @@ def read_stack(
             f"there are {prefix.achieved_bytes}"
         )
     check_model(prefix, model)
-    path = (artefact if artefact.is_dir() else artefact.parent) / WEIGHTS_NAME
+    path = folder_of(artefact) / WEIGHTS_NAME
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {

@@ -20,6 +20,7 @@ from allocator.exporters.base import (
     Mismatch,
     Receipt,
     fixed_modules,
+    folder_of,
     num_weight_units,
     read_mapping,
     read_text,
@@ -134,7 +135,7 @@ class EvoPressExporter:
         written = _parse(read_text(artefact, FILE_NAME))
         lines = tuple(_lines(plan))
         levels = _levels(lines)
-        folder = artefact if artefact.is_dir() else artefact.parent
+        folder = folder_of(artefact)
         database = folder if artefact.is_dir() and any(folder.glob("*/*.pth")) else None
         mismatches = _check_names(levels, folder)
         for line in lines:

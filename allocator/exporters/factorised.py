@@ -22,6 +22,7 @@ from allocator.exporters.base import (
     Mismatch,
     Receipt,
     fixed_modules,
+    folder_of,
     num_weight_units,
     read_mapping,
     write_text,
@@ -134,7 +135,7 @@ class FactorisedExporter:
             ValueError: A file is missing or cannot be read.
         """
         written = read_mapping(artefact, FILE_NAME)
-        folder = artefact if artefact.is_dir() else artefact.parent
+        folder = folder_of(artefact)
         checkpoint = None
         if (folder / MODELING_NAME).is_file():
             configured = read_mapping(folder, "config.json").get("factorised")
@@ -249,7 +250,7 @@ def _factors(
 
 def _store_as_planned(model: nn.Module, plan: Plan) -> None:
     """Turn fixed and kept tensors, in place, into the types that hold them exactly."""
-    from allocator.apply import STORED_TYPES
+    from allocator.apply import STORED_TYPES, tensor_of
 
     planned = {tensor.name: tensor.dtype for tensor in plan.fixed}
     for entry in plan.units:
@@ -260,8 +261,7 @@ def _store_as_planned(model: nn.Module, plan: Plan) -> None:
                 for tensor in member.layout(entry.choice)
             }
     for name, dtype in planned.items():
-        module, _, leaf = name.rpartition(".")
-        tensor = getattr(model.get_submodule(module), leaf)
+        tensor = tensor_of(model, name)
         tensor.data = tensor.data.to(STORED_TYPES[dtype])
 
 

@@ -22,6 +22,7 @@ from allocator.apply import NO_STATISTICS, STORED_TYPES, StatisticsByName, check
 from allocator.exporters.gguf_names import GGUFTensor, family, gguf_tensors
 from allocator.exporters.llama_cpp import read_gguf
 from allocator.plan import Plan
+from search_spaces.models.geometry import head_dim
 from search_spaces.operators.members import pack_unit
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def _matrices(plan: Plan, model: nn.Module, statistics: StatisticsByName) -> Ite
         runs = torch.chunk(stored.contiguous().view(torch.uint8), len(parts[name]), dim=-2)
         for tensor, rows in zip(parts[name], runs, strict=True):
             if tensor.is_permuted and family(plan) in _PERMUTED_FAMILIES:
-                rows = _halves_to_pairs(rows, _head_dim(model))
+                rows = _halves_to_pairs(rows, head_dim(model.config))
             yield rows.contiguous().numpy()
 
 
@@ -131,12 +132,6 @@ def _stored(
         if len(fixed.shape) >= 2:
             dense = model.get_parameter(fixed.name).detach()
             yield fixed.name, dense.to(STORED_TYPES[fixed.dtype]).cpu()
-
-
-def _head_dim(model: nn.Module) -> int:
-    config: Any = model.config
-    width = getattr(config, "head_dim", None)
-    return int(width or config.hidden_size // config.num_attention_heads)
 
 
 def _halves_to_pairs(rows: Tensor, head_dim: int) -> Tensor:

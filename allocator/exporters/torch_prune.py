@@ -25,6 +25,7 @@ from allocator.exporters.base import (
     DENSE,
     Mismatch,
     Receipt,
+    folder_of,
     read_mapping,
     write_text,
 )
@@ -84,10 +85,8 @@ class TorchPruneExporter:
             ValueError: The plan is for another model or does more than prune, statistics are
                 missing, or the folder cannot be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         from allocator.apply import check_model
+        from objectives.tensor_file import write_tensors
 
         check_model(plan, loaded.model)
         receipt = self.write(plan, destination)
@@ -100,12 +99,7 @@ class TorchPruneExporter:
             if not bool((made == parameter * mask).all()):
                 tensors[member.name + _ORIGINAL] = made.cpu()
         path = destination / MASKS_NAME
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            save_file(tensors, temporary)
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot write {path}: {error}") from error
+        write_tensors(tensors, path)
         changed = sum(name.endswith(_ORIGINAL) for name in tensors)
         notes = (f"Load the {changed} changed parameters after the masks.",) if changed else ()
         return Receipt((*receipt.files, path), receipt.num_units, notes)
@@ -117,7 +111,7 @@ class TorchPruneExporter:
             ValueError: No such file, or it cannot be read.
         """
         written = read_mapping(artefact, FILE_NAME)
-        masks = (artefact if artefact.is_dir() else artefact.parent) / MASKS_NAME
+        masks = folder_of(artefact) / MASKS_NAME
         counted = _count(masks) if masks.is_file() else None
         mismatches = []
         expected = {member.name: (entry, member, o) for entry, member, o in _pruned(plan)}

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from search_spaces.models.geometry import head_dim
 from search_spaces.operators import AnyOperator, Keep, KVQuantize
 from search_spaces.operators.kv_cache import KEYS, VALUES
 from search_spaces.space import Member, Unit
@@ -111,9 +112,7 @@ def _channels(model: nn.Module, config: Any, path: str, part: str) -> int:
     if isinstance(projection, nn.Linear):
         return projection.out_features
     heads = getattr(config, "num_attention_heads", None)
-    width = getattr(config, "head_dim", None)
-    if not width and heads:
-        width = getattr(config, "hidden_size", 0) // heads
+    width = head_dim(config)
     cached = heads
     if hasattr(type(config), "num_key_value_heads"):
         cached = config.num_key_value_heads or heads

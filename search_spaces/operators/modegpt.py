@@ -20,6 +20,7 @@ from search_spaces.operators.base import Matrix, Operator, Statistics, required
 from search_spaces.operators.decomposition import stored_as
 from search_spaces.operators.low_rank import damped, round_rank, whole
 from search_spaces.operators.nested import DENSE, pack_part, unpack_part
+from search_spaces.operators.shrink import uneven_heads
 from search_spaces.storage import StoredTensor, packed_bytes
 
 if TYPE_CHECKING:
@@ -217,12 +218,7 @@ class MoDeGPT:
             return "the size of a head is unknown: set head_dim to the model's"
         queries, keys, values = (members[roles[leaf]].shape[0] for leaf in (_QUERY, _KEY, _VALUE))
         out = members[roles[_OUT]].shape[1]
-        if keys != values or keys % self.head_dim or queries != out or queries % keys:
-            return (
-                f"queries of {queries} rows, keys of {keys}, values of {values} and {out} columns "
-                f"out are not whole heads of {self.head_dim}"
-            )
-        return ""
+        return uneven_heads((queries, keys, values, out), self.head_dim)
 
 
 def shrink_mlp(

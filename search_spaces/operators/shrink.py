@@ -223,21 +223,30 @@ class Shrink:
             return _Cut(out, 1, tuple(rows.values()))
         if not self.head_dim:
             return "head_dim is 0: set it to the model's to remove heads"
+        extents = (rows[_QUERY], rows[_KEY], rows[_VALUE], members[out].shape[1])
+        if reason := uneven_heads(extents, self.head_dim):
+            return reason
         num_groups = rows[_KEY] // self.head_dim
-        if (
-            rows[_KEY] != rows[_VALUE]
-            or rows[_KEY] % self.head_dim
-            or rows[_QUERY] != members[out].shape[1]
-            or rows[_QUERY] % rows[_KEY]
-        ):
-            return (
-                f"queries of {rows[_QUERY]} rows, keys of {rows[_KEY]}, values of {rows[_VALUE]} "
-                f"and {members[out].shape[1]} columns out are not whole heads of {self.head_dim}"
-            )
         query_width = rows[_QUERY] // num_groups
         narrow = (_KEY, _VALUE)
         widths = tuple(self.head_dim if leaf in narrow else query_width for leaf in leaves)
         return _Cut(out, num_groups, widths)
+
+
+def uneven_heads(extents: tuple[int, int, int, int], head_dim: int) -> str:
+    """Why an attention block is not made of whole heads, or nothing if it is.
+
+    Args:
+        extents: Rows of the queries, keys and values, and columns of the projection out.
+        head_dim: Rows of one head.
+    """
+    queries, keys, values, out = extents
+    if keys != values or keys % head_dim or queries != out or queries % keys:
+        return (
+            f"queries of {queries} rows, keys of {keys}, values of {values} and {out} columns out "
+            f"are not whole heads of {head_dim}"
+        )
+    return ""
 
 
 def _cut_mlp(members: Sequence[Member], out: int) -> _Cut | str:

@@ -6,7 +6,14 @@ from collections.abc import Callable, Collection
 from itertools import count
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from allocator.plan import (
     CONTAINER_METADATA,
@@ -26,6 +33,20 @@ IDENTITY = ModelIdentity(
     name="tiny", architecture="TinyForCausalLM", config_sha256="c" * 64, weights_sha256="w" * 64
 )
 SLACK_BYTES = 1000
+
+
+def tiny_mixtral(*, intermediate_size: int = 32) -> MixtralForCausalLM:
+    """One block of three experts that are stored as stacks, with random weights."""
+    config = MixtralConfig(
+        vocab_size=80,
+        hidden_size=32,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=3,
+    )
+    return MixtralForCausalLM(config)
 
 
 def make_plan(

@@ -4,6 +4,7 @@ import os
 import stat
 from pathlib import Path
 
+import plan_factory
 import pytest
 import torch
 from plan_factory import IDENTITY, MIXED, in_turn, make_plan, tiny_gpt2, tiny_llama
@@ -18,19 +19,8 @@ ASSET = Path(__file__).parents[1] / "assets" / "tiny_llama"
 
 
 def tiny_mixtral(*, seed=0):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
     torch.manual_seed(seed)
-    config = MixtralConfig(
-        vocab_size=80,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=3,
-    )
-    return MixtralForCausalLM(config).eval()
+    return plan_factory.tiny_mixtral(intermediate_size=48).eval()
 
 
 MODELS = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_mixtral])

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from plan_factory import MIXED, in_turn, make_plan, tiny_gpt2, tiny_llama
+from plan_factory import MIXED, in_turn, make_plan, tiny_gpt2, tiny_llama, tiny_mixtral
 
 from allocator.apply import apply_plan
 from allocator.exporters import EXPORTERS, Exporter, Mismatch
@@ -122,18 +122,7 @@ def test_refuses_operators_it_cannot_say(name, llama, tmp_path):
 
 
 def test_refuses_compressed_stacks_of_experts(exporter, tmp_path):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(
-        vocab_size=80,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=3,
-    )
-    model = MixtralForCausalLM(config)
+    model = tiny_mixtral()
     plan = make_plan(model, lambda unit: RoundToNearest(4, 32))
     with pytest.raises(ValueError, match=r"mlp\.experts\.gate_up_proj"):
         exporter.write(plan, tmp_path)

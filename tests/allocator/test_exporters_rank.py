@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from plan_factory import IDENTITY, in_turn, make_plan, tiny_gpt2, tiny_llama
+from plan_factory import IDENTITY, in_turn, make_plan, tiny_gpt2, tiny_llama, tiny_mixtral
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM
 
 from allocator.apply import apply_plan
 from allocator.exporters import EXPORTERS, Exporter, Mismatch
@@ -125,16 +125,7 @@ def test_refuses_plans_without_ranks_and_stacks_of_experts(name, tmp_path):
     exporter = EXPORTERS[name]()
     with pytest.raises(ValueError, match="no unit of the plan is under low_rank"):
         exporter.write(make_plan(tiny_llama(), lambda unit: Keep()), tmp_path)
-    config = MixtralConfig(
-        vocab_size=80,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=3,
-    )
-    plan = make_plan(MixtralForCausalLM(config), lambda unit: LowRank(0.5))
+    plan = make_plan(tiny_mixtral(), lambda unit: LowRank(0.5))
     with pytest.raises(ValueError, match=r"mlp\.experts\.gate_up_proj"):
         exporter.write(plan, tmp_path)
     assert not list(tmp_path.iterdir())

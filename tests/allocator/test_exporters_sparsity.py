@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from plan_factory import in_turn, make_plan, tiny_gpt2, tiny_llama
+from plan_factory import in_turn, make_plan, tiny_gpt2, tiny_llama, tiny_mixtral
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import prune
 
@@ -132,18 +132,7 @@ def test_says_what_it_cannot_write_or_read(exporter, llama, tmp_path):
 
 
 def experts(operator):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(
-        vocab_size=80,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=3,
-    )
-    model = MixtralForCausalLM(config)
+    model = tiny_mixtral()
     return model, make_plan(model, lambda unit: operator, dense_dtype="F32")
 
 

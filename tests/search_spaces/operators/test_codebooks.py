@@ -1,12 +1,11 @@
 """Codebooks against the optimum, and sparse parts beside dense ones against a slow reference."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from matrices import NONE, SQUARE, bits_per_weight, draws, squared_error
 
 from search_spaces.operators import (
     GPTQ,
@@ -16,33 +15,11 @@ from search_spaces.operators import (
     Statistics,
 )
 
-NONE = Statistics()
-SQUARE = (4096, 4096)
-
-
-def draws(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
 
 def fisher_like(matrix):
     """Heavy-tailed, as squared gradients are."""
     draw = torch.rand(matrix.shape, generator=torch.Generator().manual_seed(8))
     return draw**8 * 1e-9
-
-
-def squared_error(operator, matrix, stats=NONE):
-    return (operator.apply(matrix, stats) - matrix).square().sum().item()
-
-
-def bits_per_weight(operator, shape=SQUARE):
-    return operator.bytes(shape) * 8 / math.prod(shape)
-
-
-@pytest.fixture(scope="module")
-def trained():
-    """A matrix of the tiny language model."""
-    path = Path(__file__).parents[2] / "assets" / "tiny_llama" / "model.safetensors"
-    return load_file(path)["model.layers.2.mlp.down_proj.weight"].float()
 
 
 # Codebook

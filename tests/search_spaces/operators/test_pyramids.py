@@ -2,37 +2,13 @@
 
 import itertools
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from matrices import NONE, bits_per_weight, draws, squared_error
 
-from search_spaces.operators import PowerOfTwo, Pyramid, RoundToNearest, Statistics
+from search_spaces.operators import PowerOfTwo, Pyramid, RoundToNearest
 from search_spaces.operators.pyramid import index_of, num_points, point_at, project
-
-NONE = Statistics()
-SQUARE = (4096, 4096)
-
-
-def draws(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def squared_error(operator, matrix, stats=NONE):
-    return (operator.apply(matrix, stats) - matrix).square().sum().item()
-
-
-def bits_per_weight(operator, shape=SQUARE):
-    return operator.bytes(shape) * 8 / math.prod(shape)
-
-
-@pytest.fixture(scope="module")
-def trained():
-    """A matrix of the tiny language model."""
-    path = Path(__file__).parents[2] / "assets" / "tiny_llama" / "model.safetensors"
-    return load_file(path)["model.layers.2.mlp.down_proj.weight"].float()
-
 
 # Pyramid
 
