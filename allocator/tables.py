@@ -155,15 +155,24 @@ def _observe(
     statistics = bench.observe(needs, lambda done, total: advance(done, ""))
     record_tokens(bench, before, records)
     caches = CacheLosses(bench.model, bench.task, space, bank=bench.bank, meter=bench.meter)
-    return ScoringContext(space, bench.bank, statistics, caches)
+    return ScoringContext(
+        space=space,
+        bank=bench.bank,
+        statistics=statistics,
+        model=bench.model,
+        task=bench.task,
+        meter=bench.meter,
+        evaluator=bench.evaluator,
+        caches=caches,
+    )
 
 
 def record_tokens(bench: Bench, before: Mapping[str, int], records: Records) -> None:
-    """Record what statistics have cost since the meter stood at ``before``."""
+    """Record the tokens of each kind that were spent since the meter stood at ``before``."""
     spent = {
         kind: count - before.get(kind, 0)
         for kind, count in bench.meter.counts.items()
-        if kind.startswith("statistics") and count > before.get(kind, 0)
+        if count > before.get(kind, 0)
     }
     if spent:
         records.append({"type": "tokens", "counts": spent})
@@ -179,8 +188,8 @@ def _fill(
     """Compute the missing cells of one table."""
     todo = [(u, o) for u, row in enumerate(rows) for o, loss in enumerate(row) if loss is None]
     advance = reporter.stage(f"scoring: {scorer.name}", len(todo))
-    for done, (unit, option) in enumerate(todo, start=1):
-        loss = scorer.cell(context, unit, option)
+    scored = zip(todo, scorer.losses(context, todo), strict=True)
+    for done, ((unit, option), loss) in enumerate(scored, start=1):
         if not np.isfinite(loss):
             raise ValueError(
                 f"the {scorer.name} loss of {context.space.units[unit].name} is {loss}; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from objectives.sensitivity.base import Scorer, ScoringContext
+from objectives.sensitivity.base import Cell, CellScorer, Scorer, ScoringContext
 from objectives.sensitivity.blend import Blend
 from objectives.sensitivity.fisher import Fisher
 from objectives.sensitivity.reconstruction import Reconstruction
@@ -10,7 +10,7 @@ from objectives.sensitivity.relative_error import RelativeError
 from objectives.sensitivity.table import LossTable
 from search_spaces.registry import Registry
 
-__all__ = ["SCORERS", "LossTable", "Scorer", "ScoringContext"]
+__all__ = ["SCORERS", "Cell", "CellScorer", "LossTable", "Scorer", "ScoringContext"]
 
 SCORERS: Registry[type[Scorer]] = Registry(
     "scorer",

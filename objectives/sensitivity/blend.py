@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from objectives.sensitivity.base import ScoringContext
+from objectives.sensitivity.base import CellScorer, ScoringContext
 from objectives.sensitivity.fisher import Fisher
 from objectives.sensitivity.relative_error import RelativeError
 
 FISHER_WEIGHT = 0.7
 
 
-class Blend:
+class Blend(CellScorer):
     """``fisher^0.7 x relative_error^0.3``, a ranking without a unit."""
 
     name: ClassVar[str] = "blend"

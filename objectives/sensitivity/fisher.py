@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from objectives.sensitivity.base import ScoringContext, weighted_square
+from objectives.sensitivity.base import CellScorer, ScoringContext, weighted_square
 
 
-class Fisher:
+class Fisher(CellScorer):
     """``1/2 sum F_ij (W - W')_ij^2``, nats per token."""
 
     name: ClassVar[str] = "fisher"

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from objectives.sensitivity.base import ScoringContext, weighted_square
+from objectives.sensitivity.base import CellScorer, ScoringContext, weighted_square
 
 
-class Reconstruction:
+class Reconstruction(CellScorer):
     """Relative squared output error by the diagonal second moment (as Wanda and imatrix weigh)."""
 
     name: ClassVar[str] = "reconstruction"

@@ -9,10 +9,10 @@ from typing import ClassVar
 
 import torch
 
-from objectives.sensitivity.base import ScoringContext
+from objectives.sensitivity.base import CellScorer, ScoringContext
 
 
-class RelativeError:
+class RelativeError(CellScorer):
     """``sum (W - W')^2 / sum W^2``, summed over a unit's parameters."""
 
     name: ClassVar[str] = "relative_error"

@@ -1,10 +1,12 @@
 """Caches in the bank, the evaluator and the scorers, on the trained model."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from language import assert_same_weights, random_model, random_tokens, snapshot, trained
+from scoring import context_of, table
 
 from objectives.bank import Bank
 from objectives.evaluation import Fidelity
@@ -12,9 +14,7 @@ from objectives.evaluator import Evaluator
 from objectives.kv_cache import NUM_SEQUENCES, CacheLosses, CacheSwitch
 from objectives.language_task import LanguageTask
 from objectives.quantized_layer import quantized_cache
-from objectives.sensitivity import SCORERS, ScoringContext
 from objectives.sensitivity.blend import FISHER_WEIGHT
-from objectives.statistics import KINDS, collect_statistics
 from objectives.task import TokenMeter
 from search_spaces.build import SpaceRequest, build_space
 from search_spaces.models.kv_layers import cache_units
@@ -187,35 +187,33 @@ def test_single_losses_add_up_to_the_measured_one():
     assert 0.5 < sum(losses(unit, 2).nats for unit in range(6)) / together < 2
 
 
+# What a cache's losses become on the scale of a scorer of weights.
+SCALES = {
+    "fisher": lambda loss: loss.nats,
+    "relative_error": lambda loss: loss.relative_error,
+    "reconstruction": lambda loss: loss.relative_error,
+    "blend": lambda loss: loss.nats**FISHER_WEIGHT * loss.relative_error ** (1 - FISHER_WEIGHT),
+}
+
+
 @pytest.fixture(scope="module")
 def joint():
     """(space, table of each scorer) of weights and caches, and what the caches lose alone."""
     model, calibration = trained()
     space = space_of(model, weights=(RoundToNearest(3, 16), RoundToNearest(4, 16), Keep()))
     bank, _, task, meter = bench(model, calibration, space)
-    statistics = collect_statistics(model, task, space, needs=KINDS, meter=meter)
-    assert not any(unit.members[0].name in statistics for unit in space.units if unit.is_cache)
     losses = CacheLosses(model, task, space, bank=bank, meter=meter)
-    context = ScoringContext(space, bank, statistics, losses)
-    tables = {
-        name: [
-            [SCORERS[name]().cell(context, unit, option) for option in range(len(menu))]
-            for unit, menu in enumerate(space.menus)
-        ]
-        for name in SCORERS
-    }
+    context = replace(context_of(model, space, task), bank=bank, caches=losses)
+    statistics = context.statistics
+    assert not any(unit.members[0].name in statistics for unit in space.units if unit.is_cache)
+    tables = {name: table(name, context) for name in SCALES}
     return space, tables, losses
 
 
-@pytest.mark.parametrize("name", list(SCORERS))
-def test_every_scorer_puts_caches_on_its_own_scale(name, joint):
+@pytest.mark.parametrize("name", list(SCALES))
+def test_scorers_put_caches_on_their_own_scale(name, joint):
     space, tables, losses = joint
-    expected = {
-        "fisher": lambda loss: loss.nats,
-        "relative_error": lambda loss: loss.relative_error,
-        "reconstruction": lambda loss: loss.relative_error,
-        "blend": lambda loss: loss.nats**FISHER_WEIGHT * loss.relative_error ** (1 - FISHER_WEIGHT),
-    }[name]
+    expected = SCALES[name]
     caches = [unit for unit, found in enumerate(space.units) if found.is_cache]
     assert len(caches) == 6
     for unit in caches:
@@ -232,7 +230,7 @@ def test_every_scorer_puts_caches_on_its_own_scale(name, joint):
 def test_weights_of_a_cache_are_not_asked_for():
     model = random_model("llama")
     space = space_of(model)
-    context = ScoringContext(space, Bank(model, space), {})
+    context = context_of(model, space, LanguageTask(random_tokens()), needs=())
     with pytest.raises(ValueError, match=r"self_attn\.cache is a cache, which has no weights"):
         context.errors(0, 0)
 
