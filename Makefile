@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 RUN_MODEL := smollm2-135m
 RUN_BUDGET := 3.25bpw
 
-.PHONY: run test lint test-slow test-embedded test-all bench-solvers bench-searches bench-rows bench-rows-quality bench-spaces \
+.PHONY: run test lint test-slow test-embedded test-all bench-solvers bench-searches bench-rows bench-rows-quality bench-spaces bench-influence \
   schema clean
 
 run: $(STAMP)
@@ -47,6 +47,12 @@ bench-rows-quality: $(STAMP)
 
 bench-spaces: $(STAMP)
 	$(BIN)/python tests/benchmarks/spaces.py
+
+bench-influence: $(STAMP)
+	$(BIN)/python tests/benchmarks/influence.py
+
+bench-streaming: $(STAMP)
+	$(BIN)/python tests/benchmarks/streaming.py
 
 schema: $(STAMP)
 	$(BIN)/python -c "import json; from allocator.plan import plan_json_schema; print(json.dumps(plan_json_schema(), indent=1))" > allocator/plan.schema.json

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from allocator.api import AllocateOptions, Allocation, allocate
+    from allocator.api import AllocateOptions, Allocation, allocate, allocate_task
     from allocator.plan import Plan, load_plan
 
-__all__ = ["AllocateOptions", "Allocation", "Plan", "allocate", "load_plan"]
+__all__ = ["AllocateOptions", "Allocation", "Plan", "allocate", "allocate_task", "load_plan"]
 
 _HOMES = {
     "AllocateOptions": "allocator.api",
     "Allocation": "allocator.api",
     "Plan": "allocator.plan",
     "allocate": "allocator.api",
+    "allocate_task": "allocator.api",
     "load_plan": "allocator.plan",
 }
 

@@ -20,7 +20,10 @@ from allocator.plan_build import PlanFacts, build_plan
 from allocator.reporter import Reporter, Silent
 from objectives.function_task import FunctionTask, LossFunction, split_batches
 from objectives.loading import hash_module
+from objectives.task import Task
 from search_spaces.build import SpaceRequest, build_space
+
+_MEASURED_SPLITS = ("search", "guard", "heldout")
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,30 @@ def allocate(
         ValueError: The budget cannot be met, there is too little data, or nothing could be
             measured.
     """
-    chosen = options or AllocateOptions()
     splits = data if isinstance(data, Mapping) else split_batches(data)
-    task = FunctionTask(loss, splits)
+    return allocate_task(model, budget, task=FunctionTask(loss, splits), options=options)
+
+
+def allocate_task(
+    model: nn.Module, budget: str, *, task: Task, options: AllocateOptions | None = None
+) -> Allocation:
+    """Find the allocation that loses least on a task, within a budget.
+
+    For losses that are more than a function of a batch: representations, accuracy, several tasks.
+
+    Args:
+        model: As for :func:`allocate`; what it must offer besides is the task's to say.
+        budget: As for :func:`allocate`.
+        task: What is measured, with its data.
+        options: What may be chosen, how it is searched and for how long.
+
+    Returns:
+        The plan with its baselines, bounds and held-out losses.
+
+    Raises:
+        ValueError: The budget cannot be met, or nothing could be measured.
+    """
+    chosen = options or AllocateOptions()
     space = build_space(model, chosen.space)
     resolved = resolve_budget(budget, space)
     identity = ModelIdentity(
@@ -115,7 +139,7 @@ def allocate(
         records=_Memory(),
         bench=lambda: bench,
         executor=lambda: InProcess(lambda: bench.evaluator),
-        num_sequences={name: len(splits[name]) for name in ("search", "guard", "heldout")},
+        num_sequences={name: task.num_sequences(name) for name in _MEASURED_SPLITS},
         tokens_per_sequence=task.tokens_per_sequence,
         store=None,
         reporter=chosen.reporter,

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from allocator.plan import CONTAINER_METADATA, Plan, PlanUnit, save_plan
-from objectives.tensor_file import write_tensors
+from objectives.tensor_file import STORED_TYPES, write_tensors
 from search_spaces.operators import Statistics
 from search_spaces.operators.members import compress_unit, pack_unit, unpack_unit
 from search_spaces.storage import StoredTensor
@@ -34,21 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-STORED_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def check_model(

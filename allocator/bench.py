@@ -18,8 +18,9 @@ from allocator.executors import Measure
 from objectives.bank import Bank
 from objectives.calibration import Calibration
 from objectives.evaluator import Evaluator
-from objectives.language_task import LanguageTask
+from objectives.language_objectives import TaskOptions, language_tasks
 from objectives.loading import LoadedModel, load_model
+from objectives.prefix import find_blocks
 from objectives.statistics import Progress, collect_statistics
 from objectives.statistics_file import StatisticsFile
 from objectives.task import Task, TokenMeter
@@ -64,7 +65,7 @@ class Bench:
         is measured is what a packed file holds.
         """
         round_fixed(model, space.fixed)
-        bank, meter = Bank(model, space), TokenMeter()
+        bank, meter = Bank(model, space), TokenMeter(len(find_blocks(model, space)))
         evaluator = Evaluator(model, task, bank, meter)
         return cls(model, task, space, bank, meter, evaluator, kept)
 
@@ -152,7 +153,8 @@ class LanguageBenchFactory:
     Attributes:
         model: Name, folder or hub id.
         measure: How losses are measured; dtype and device may be ``auto``.
-        calibration: File written by :meth:`Calibration.save`.
+        texts: Files written by :meth:`Calibration.save`.
+        weights: How much each text's loss counts.
         space: File with the space's JSON.
         cache: Folder for teacher caches.
         threads: Torch threads of the process.
@@ -161,7 +163,8 @@ class LanguageBenchFactory:
 
     model: str
     measure: MeasureConfig
-    calibration: Path
+    texts: tuple[Path, ...]
+    weights: tuple[float, ...]
     space: Path
     cache: Path
     threads: int
@@ -175,12 +178,11 @@ class LanguageBenchFactory:
 
     def bench(self, loaded: LoadedModel) -> Bench:
         """The bench of a model that is already loaded."""
-        task = LanguageTask(
-            Calibration.load(self.calibration),
-            top_k=self.measure.top_k,
-            batch_size=self.measure.batch_size,
-            objective=self.measure.objective,
-            cache_folder=self.cache,
+        task = language_tasks(
+            self.measure.objective,
+            [Calibration.load(path) for path in self.texts],
+            self.weights,
+            TaskOptions(self.measure.top_k, self.measure.batch_size, self.cache),
         )
         space = SearchSpace.from_json(json.loads(self.space.read_text(encoding="utf-8")))
         return Bench.build(loaded.model, task, space, kept=self.statistics)

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
+Objective = Literal["kl", "cross_entropy", "perplexity", "hidden_state", "embedding"]
 
 
 class _Strict(BaseModel):
@@ -43,9 +44,19 @@ class SpaceConfig(_Strict):
 
 
 class DataConfig(_Strict):
-    """Which text, cut how. Counts are sequences."""
+    """Which text, cut how. Counts are sequences, of every text.
+
+    Attributes:
+        text: What is measured on; where there are several, the one whose perplexity is reported.
+        also: Further texts, cut alike, whose losses are measured too.
+        weights: How much ``text`` and each of ``also`` counts. Empty where there are several:
+            settled before the search by how each text's loss reacts to compression.
+        seed: Orders the documents.
+    """
 
     text: str = "wiki-summaries"
+    also: tuple[str, ...] = ()
+    weights: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
     sequence_length: Annotated[int, Field(ge=2)] = 256
     statistics: Positive = 64
     search: Positive = 64
@@ -53,12 +64,23 @@ class DataConfig(_Strict):
     heldout: Positive = 32
     seed: Seed = 0
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All texts, ``text`` first."""
+        return (self.text, *self.also)
+
+    @model_validator(mode="after")
+    def _weigh_all(self) -> DataConfig:
+        if self.weights and len(self.weights) != len(self.texts):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.texts)} texts")
+        return self
+
 
 class MeasureConfig(_Strict):
     """How losses are measured.
 
     Attributes:
-        objective: ``kl`` or ``cross_entropy``.
+        objective: What is minimised; see :mod:`objectives.language_objectives`.
         top_k: Outcomes per position that the teacher cache keeps; 0 keeps the vocabulary.
         batch_size: Sequences per forward pass.
         dtype: Of the model while it is measured, or ``auto``.
@@ -66,7 +88,7 @@ class MeasureConfig(_Strict):
         threads: Torch threads of every process that measures; 0 is all cores of the machine.
     """
 
-    objective: Literal["kl", "cross_entropy"] = "kl"
+    objective: Objective = "kl"
     top_k: Annotated[int, Field(ge=0)] = 256
     batch_size: Positive = 4
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -75,7 +97,17 @@ class MeasureConfig(_Strict):
 
 
 class SearchConfig(_Strict):
-    """How the search runs. ``batch`` is in sequences per evaluation."""
+    """How the search runs.
+
+    Attributes:
+        name: Of the search, or of several with commas between them.
+        scorer: Whose table it starts from.
+        scorers: Whose tables and plans are shown beside it.
+        seed: Of the search.
+        window: Proposals under way at once.
+        batch: Sequences per evaluation.
+        warm_start: Run or study whose measurements it starts from.
+    """
 
     name: str = "model_guided"
     scorer: str = "blend"
@@ -83,6 +115,7 @@ class SearchConfig(_Strict):
     seed: Seed = 0
     window: Positive = 4
     batch: Positive = 4
+    warm_start: str | None = None
 
 
 class CapsConfig(_Strict):
@@ -130,7 +163,10 @@ class RunConfig(_Strict):
     @property
     def identity(self) -> dict[str, Any]:
         """The part that decides the history: what a resumed run must agree on."""
-        return self.model_dump(mode="json", exclude={"caps", "execution"})
+        found = self.model_dump(mode="json", exclude={"caps", "execution"})
+        if not self.data.also:  # as it was before there could be several texts
+            del found["data"]["also"], found["data"]["weights"]
+        return found
 
 
 def save_config(config: RunConfig, path: Path) -> None:

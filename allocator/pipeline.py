@@ -8,27 +8,37 @@ goes through the journal, so running this again on the same journal continues wh
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from allocator.accounts import Records, Spent, all_spent, recorded_tokens, spending
 from allocator.budget import Budget
 from allocator.config import CapsConfig, SearchConfig
 from allocator.executors import Executor
 from allocator.loop import History, Limits, Progress, run_search
 from allocator.problem import Problem, Solution
 from allocator.reporter import Reporter
-from allocator.searches import SEARCHES
+from allocator.search_build import (
+    BuiltSearch,
+    Found,
+    build_search,
+    refit,
+    warm_evaluations,
+    warm_starts,
+    with_samples,
+)
 from allocator.searches.base import SearchSetting
-from allocator.searches.thinning import Thinned, thinned_setting, undominated
 from allocator.solvers.dynamic import DynamicProgram
-from allocator.tables import BenchSource, Records, TableStore, build_tables, record_tokens
+from allocator.tables import BenchSource, TableStore, Wanted, build_tables
 from objectives.evaluation import Evaluation, Fidelity, evaluation_key
 from objectives.sensitivity import LossTable
 from search_spaces.space import Assignment, SearchSpace
+
+REFIT = "refit"
+"""Name of the table that a search has corrected, beside the scorers' own."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,9 @@ class Outcome:
         evaluations: For ``guard`` and ``heldout``, the full measurement of each candidate; for
             ``heldout`` also of the one-shot plans, as ``dp:SCORER``.
         num_search_sequences: Sequences in the search split.
-        tokens: Forward tokens by kind; a backward counts as two.
+        spent: Tokens and block-tokens by kind.
+        found: What the search says besides its best.
+        refit: The run's own table corrected by everything that was measured, where it could be.
     """
 
     tables: dict[str, LossTable]
@@ -89,7 +101,9 @@ class Outcome:
     returned: str
     evaluations: dict[str, dict[str, Evaluation]]
     num_search_sequences: int
-    tokens: dict[str, int] = field(default_factory=dict)
+    spent: Spent = field(default_factory=lambda: Spent({}, {}))
+    found: Found = field(default_factory=lambda: Found({}, (), None))
+    refit: LossTable | None = None
 
 
 def run_pipeline(stage: Stage) -> Outcome:
@@ -98,10 +112,11 @@ def run_pipeline(stage: Stage) -> Outcome:
     Raises:
         ValueError: Nothing could be measured: every candidate failed; with the first reason.
     """
+    scorers = list(dict.fromkeys([stage.search.scorer, *stage.search.scorers]))
+    uniform = stage.space.uniform(stage.budget.searched_bytes)
     tables = build_tables(
         stage.bench,
-        stage.space,
-        list(dict.fromkeys([stage.search.scorer, *stage.search.scorers])),
+        Wanted(stage.space, scorers, uniform),
         records=stage.records,
         store=stage.store,
         reporter=stage.reporter,
@@ -111,13 +126,12 @@ def run_pipeline(stage: Stage) -> Outcome:
         for name, table in tables.items()
     }
     solution = solutions[stage.search.scorer]
-    uniform = stage.space.uniform(stage.budget.searched_bytes)
     if uniform is None:
         stage.reporter.note("no uniform assignment fits the budget: there is nothing to compare to")
     measuring = Measuring(stage)
     try:
         one_shots = {name: found.choice for name, found in solutions.items()}
-        history, best = _search(stage, tables, one_shots, uniform, measuring)
+        history, built, best = _search(stage, tables, one_shots, uniform, measuring)
         candidates = {"dp": solution.choice, "search": best}
         if uniform is not None:
             candidates["uniform"] = uniform
@@ -136,7 +150,9 @@ def run_pipeline(stage: Stage) -> Outcome:
         returned=returned,
         evaluations={"guard": guard, "heldout": heldout},
         num_search_sequences=stage.num_sequences["search"],
-        tokens=_count_tokens(stage, history, [*guard.values(), *heldout.values()]),
+        found=built.found(),
+        refit=_refit(stage, built.setting, history),
+        spent=all_spent(stage.records, [*history.evaluations, *guard.values(), *heldout.values()]),
     )
 
 
@@ -198,14 +214,12 @@ class Measuring:
     def _prepare(self) -> None:
         """Run the dense model on what will be measured, once, before workers start."""
         bench = self._stage.bench()
-        before = dict(bench.meter.counts)
-        bench.observe()
-        record_tokens(bench, before, self._stage.records)
+        with spending(bench.meter, self._stage.records):
+            bench.observe()
         advance = self._stage.reporter.stage("dense model", len(self._stage.num_sequences))
         for done, split in enumerate(self._stage.num_sequences, start=1):
-            before = dict(bench.meter.counts)
-            bench.evaluator.prepare(split)
-            record_tokens(bench, before, self._stage.records)
+            with spending(bench.meter, self._stage.records):
+                bench.evaluator.prepare(split)
             advance(done, split)
 
 
@@ -234,27 +248,10 @@ def _search(
     one_shots: Mapping[str, Assignment],
     uniform: Assignment | None,
     measuring: Measuring,
-) -> tuple[History, Assignment]:
-    """Run the search on measured losses; returns its history and its best assignment."""
-    starts = [one_shots[stage.search.scorer], *([] if uniform is None else [uniform])]
-    starts += [choice for choice in one_shots.values() if choice not in starts]
-    setting = SearchSetting(
-        problem=additive_problem(stage.space, tables[stage.search.scorer], stage.budget),
-        starts=tuple(starts),
-        depths=tuple(-1 if unit.depth is None else unit.depth for unit in stage.space.units),
-        kinds=tuple(unit.kind for unit in stage.space.units),
-        num_sequences=stage.num_sequences["search"],
-        batch_sequences=min(stage.search.batch, stage.num_sequences["search"]),
-        seed=stage.search.seed,
-    )
-    kept = undominated(setting.problem, list(tables.values()), starts)
-    offered = sum(len(menu) for menu in stage.space.menus)
-    if (left := sum(map(len, kept))) < offered:
-        stage.reporter.note(
-            f"{offered - left:,} of {offered:,} options are left out of the search: another one "
-            f"of their unit is no larger and no worse by {', '.join(tables)}"
-        )
-    search = Thinned(SEARCHES[stage.search.name](thinned_setting(setting, kept)), kept)
+) -> tuple[History, BuiltSearch, Assignment]:
+    """Run the search on measured losses; returns its history, itself and its best assignment."""
+    built = _build(stage, tables, one_shots, uniform)
+    search = built.search
     if stage.extend and _ended(stage.records) is not None:
         stage.records.append({"type": "extended"})
     ended = _ended(stage.records)
@@ -279,12 +276,52 @@ def _search(
         history = replace(history, stopped=ended["stopped"])
     elif history.evaluations:
         told = len(history.evaluations)
-        stage.records.append({"type": "searched", "told": told, "stopped": history.stopped})
+        notes = built.found().notes
+        stage.records.append(
+            {"type": "searched", "told": told, "stopped": history.stopped, "notes": notes}
+        )
     if history.evaluations and history.num_failed == len(history.evaluations):
         reason = history.evaluations[0].error
         raise ValueError(f"no candidate could be measured; the first failed with: {reason}")
     best = search.best
-    return history, starts[0] if best is None else best
+    return history, built, built.setting.starts[0] if best is None else best
+
+
+def _build(
+    stage: Stage,
+    tables: Mapping[str, LossTable],
+    one_shots: Mapping[str, Assignment],
+    uniform: Assignment | None,
+) -> BuiltSearch:
+    """The run's search, from the DP plan, uniform, other scorers' plans and earlier runs' best."""
+    problem = additive_problem(stage.space, tables[stage.search.scorer], stage.budget)
+    starts = [one_shots[stage.search.scorer], *([] if uniform is None else [uniform])]
+    starts += [*one_shots.values(), *warm_starts(stage.records, problem)]
+    setting = SearchSetting(
+        problem=problem,
+        starts=tuple(dict.fromkeys(starts)),
+        depths=tuple(-1 if unit.depth is None else unit.depth for unit in stage.space.units),
+        kinds=tuple(unit.kind for unit in stage.space.units),
+        num_sequences=stage.num_sequences["search"],
+        batch_sequences=min(stage.search.batch, stage.num_sequences["search"]),
+        seed=stage.search.seed,
+    )
+    setting = with_samples(
+        stage.search.name, setting, stage.space, records=stage.records, bench=stage.bench
+    )
+    return build_search(
+        stage.search.name,
+        setting,
+        list(tables.values()),
+        records=stage.records,
+        reporter=stage.reporter,
+    )
+
+
+def _refit(stage: Stage, setting: SearchSetting, history: History) -> LossTable | None:
+    """The run's own table, corrected by its search."""
+    rows = refit(setting, [*warm_evaluations(stage.records), *history.evaluations])
+    return None if rows is None else LossTable(REFIT, "nats", rows)
 
 
 def _shown(stage: Stage, limits: Limits) -> Callable[[Progress], None]:
@@ -317,7 +354,7 @@ def _search_tokens(stage: Stage) -> int | None:
     if stage.caps.tokens is None:
         return None
     # A pass that a crash made the run repeat is charged once: the cap is part of the history.
-    once = _recorded_tokens(stage.records, max)
+    once = recorded_tokens(stage.records, max)
     once["teacher"] = sum(stage.num_sequences.values()) * stage.tokens_per_sequence
     spent = sum(once.values())
     left = stage.caps.tokens - spent
@@ -336,25 +373,3 @@ def _choose(guard: Mapping[str, Evaluation]) -> str:
     if not measured:
         raise ValueError(f"no candidate could be measured on the guard text: {guard['dp'].error}")
     return min(measured, key=lambda name: guard[name].loss_nats)
-
-
-def _recorded_tokens(
-    records: Records, combine: Callable[[int, int], int] = operator.add
-) -> dict[str, int]:
-    """Tokens that earlier stages recorded, by kind."""
-    totals: dict[str, int] = {}
-    for record in records.records:
-        if record["type"] == "tokens":
-            for kind, count in record["counts"].items():
-                totals[kind] = combine(totals.get(kind, 0), count)
-    return totals
-
-
-def _count_tokens(stage: Stage, history: History, others: Sequence[Evaluation]) -> dict[str, int]:
-    """Tokens by kind of the whole run, repeated measurements counted once."""
-    totals: dict[str, Any] = dict(_recorded_tokens(stage.records))
-    distinct = {e.key: e for e in [*history.evaluations, *others]}
-    for evaluation in distinct.values():
-        split = evaluation.fidelity.split
-        totals[split] = totals.get(split, 0) + evaluation.num_tokens
-    return dict(sorted(totals.items()))

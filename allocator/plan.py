@@ -25,6 +25,9 @@ from search_spaces.space import Member, Unit
 from search_spaces.storage import ELEMENT_BYTES, StoredTensor, safetensors_bytes
 
 _MOST_PLAN_BYTES = 64 * 2**20
+# Objectives whose likelihood is the next token's, so that statistics serve all of them.
+_NEXT_TOKEN = ("kl", "cross_entropy", "perplexity")
+_LOSS_UNITS = {"hidden_state": "relative squared error", "embedding": "1 - cosine"}
 CONTAINER_METADATA = {"format": "model-allocator"}
 
 
@@ -118,11 +121,34 @@ class SplitRecord(_Strict):
     sha256: str
 
 
-class CalibrationRecord(_Strict):
-    """Where the tokens came from."""
+class TextRecord(_Strict):
+    """One text: where its tokens came from, and how much its loss counts beside the others'."""
 
     source: str
     splits: dict[str, SplitRecord]
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+class CalibrationRecord(TextRecord):
+    """Where the tokens came from; ``also`` are further texts that were measured on."""
+
+    also: tuple[TextRecord, ...] = ()
+
+    @property
+    def texts(self) -> tuple[TextRecord, ...]:
+        """All texts, the first of them first."""
+        return (self, *self.also)
+
+    def identity(self, split: str) -> str:
+        """What a split is, over all texts: its token hash, or hashes with their weights."""
+        if not self.also:
+            return self.splits[split].sha256
+        return " + ".join(f"{text.weight!r} {text.splits[split].sha256}" for text in self.texts)
+
+    def statistics_identity(self, objective: str) -> str:
+        """What the statistics of a run depend on besides the weights: text and likelihood."""
+        text = self.identity("statistics")
+        return text if objective in _NEXT_TOKEN else f"{text} {objective}"
 
 
 class SearchRecord(_Strict):
@@ -176,6 +202,7 @@ class Plan(_Strict):
     calibration: CalibrationRecord | None = None
     search: SearchRecord | None = None
     tokens: dict[str, int] = {}
+    block_tokens: dict[str, int] = {}
     versions: dict[str, str] = {}
 
     @model_validator(mode="after")
@@ -200,6 +227,16 @@ class Plan(_Strict):
         if self.slack_bytes != self.budget_bytes - self.achieved_bytes:
             raise ValueError("slack_bytes is not budget_bytes - achieved_bytes")
         return self
+
+    @property
+    def loss_unit(self) -> str:
+        """Of every measured loss, and of what a scorer predicts in nats: ``nats`` for most."""
+        return _LOSS_UNITS.get(self.objective, "nats")
+
+    @property
+    def loss_unit_text(self) -> str:
+        """The same for axes and captions, per what it is counted."""
+        return "nats per token" if self.loss_unit == "nats" else self.loss_unit
 
     def stored_tensors(self) -> tuple[StoredTensor, ...]:
         """Every tensor of the packed file."""

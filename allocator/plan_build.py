@@ -83,7 +83,8 @@ def build_plan(
                 history_sha256=outcome.history.sha256,
                 stopped=outcome.history.stopped,
             ),
-            "tokens": outcome.tokens,
+            "tokens": outcome.spent.tokens,
+            "block_tokens": outcome.spent.block_tokens,
         }
     )
 

@@ -1,8 +1,9 @@
 """A run's folder: what it holds, who may use it, and how its name is checked.
 
 ``config.yaml`` what was asked; ``journal.jsonl`` the only store of record; ``space.json`` units and
-menus; ``calibration.safetensors`` the tokens; ``losses.npz`` the loss tables; ``plan.json``,
-``frontier.csv`` and ``report.html`` the results; ``cache/`` what may be deleted at any time.
+menus; ``calibration.safetensors`` the tokens (``calibration-2`` and so on those of further texts);
+``losses.npz`` the loss tables; ``plan.json``, ``frontier.csv`` and ``report.html`` the results;
+``cache/`` what may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -51,8 +52,12 @@ class RunFolder:
 
     @property
     def calibration(self) -> Path:
-        """Token ids of the four splits."""
+        """Token ids of the four splits, of the first text."""
         return self.path / "calibration.safetensors"
+
+    def text(self, number: int) -> Path:
+        """Token ids of the run's first, second ... text, counted from 0."""
+        return self.path / f"calibration-{number + 1}.safetensors" if number else self.calibration
 
     @property
     def losses(self) -> Path:

@@ -9,33 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from allocator.accounts import Records, spending
 from allocator.bench import Bench
 from allocator.reporter import Reporter
 from objectives.kv_cache import CacheLosses
 from objectives.sensitivity import SCORERS, LossTable, Scorer, ScoringContext
-from search_spaces.space import SearchSpace
+from search_spaces.space import Assignment, SearchSpace
+
+FROM_INCUMBENT = frozenset({"one_at_a_time_incumbent"})
+"""Scorers whose tables depend on a plan, and so on the budget."""
 
 logger = logging.getLogger(__name__)
-
-
-class Records(Protocol):
-    """The part of a journal that tables need."""
-
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        """What was recorded so far."""
-        ...
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Record one thing durably."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -46,14 +37,19 @@ class TableStore:
         folder: Where they are kept; made when first needed.
         identity: Everything but scorer and space that a table depends on: the model's weights, the
             statistics text and the precision.
+        incumbent: What tables that are measured around a plan depend on too.
     """
 
     folder: Path
     identity: str
+    incumbent: Assignment | None = None
 
     def path(self, scorer: str, space: SearchSpace) -> Path:
         """File of one table. The name of the space does not matter, only what it offers."""
-        text = json.dumps([self.identity, scorer, space.to_json() | {"name": ""}], sort_keys=True)
+        about: list[Any] = [self.identity, scorer, space.to_json() | {"name": ""}]
+        if scorer in FROM_INCUMBENT:
+            about.append(self.incumbent)
+        text = json.dumps(about, sort_keys=True)
         return self.folder / f"{scorer}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
 
     def load(self, scorer: str, space: SearchSpace) -> list[list[float]] | None:
@@ -74,10 +70,25 @@ class TableStore:
         temporary.replace(path)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Which tables.
+
+    Attributes:
+        space: Units and menus.
+        scorers: Names; the first is the run's own.
+        incumbent: What scorers that measure around a plan start from; part of their tables'
+            address.
+    """
+
+    space: SearchSpace
+    scorers: Sequence[str]
+    incumbent: Assignment | None = None
+
+
 def build_tables(
     bench_of: BenchSource,
-    space: SearchSpace,
-    scorers: Sequence[str],
+    wanted: Wanted,
     *,
     records: Records,
     store: TableStore | None,
@@ -90,8 +101,7 @@ def build_tables(
 
     Args:
         bench_of: Gives the live bench; only called when something has to be computed.
-        space: Units and menus.
-        scorers: Names; the first is the run's own.
+        wanted: Which tables.
         records: The journal; each cell is appended as soon as it is known.
         store: Tables of earlier runs, or ``None``.
         reporter: Shown the progress.
@@ -99,8 +109,10 @@ def build_tables(
     Raises:
         ValueError: An unknown scorer, or the first one cannot serve this space.
     """
+    space, incumbent = wanted.space, wanted.incumbent
+    store = None if store is None else replace(store, incumbent=incumbent)
     left_out = {record["scorer"] for record in records.records if record["type"] == "left_out"}
-    scorers = [name for name in scorers if name not in left_out]
+    scorers = [name for name in wanted.scorers if name not in left_out]
     rows = {name: _recorded(records, name, space) for name in scorers}
     for name in scorers:
         known = None if store is None or _complete(rows[name]) else store.load(name, space)
@@ -112,17 +124,17 @@ def build_tables(
         kinds = {name: SCORERS[name]() for name in missing}
         bench = bench_of()
         context = _observe(bench, space, list(kinds.values()), records, reporter)
-        before = dict(bench.meter.counts)
+        context = replace(context, incumbent=incumbent)
         for name, scorer in kinds.items():
             try:
-                _fill(scorer, context, rows[name], records, reporter)
+                with spending(bench.meter, records):
+                    _fill(scorer, context, rows[name], records, reporter)
             except ValueError as error:
                 if name == scorers[0]:
                     raise
                 reporter.note(f"the {name} scorer is left out: {error}")
                 records.append({"type": "left_out", "scorer": name, "reason": str(error)})
                 del rows[name]
-        record_tokens(bench, before, records)
     tables = {
         name: LossTable(name, SCORERS[name].unit, tuple(np.array(row, float) for row in table))
         for name, table in rows.items()
@@ -150,10 +162,9 @@ def _observe(
 ) -> ScoringContext:
     """Run the statistics pass that the scorers need."""
     needs = frozenset[str]().union(*(scorer.needs for scorer in scorers))
-    before = dict(bench.meter.counts)
     advance = reporter.stage("statistics", bench.task.num_sequences("statistics"))
-    statistics = bench.observe(needs, lambda done, total: advance(done, ""))
-    record_tokens(bench, before, records)
+    with spending(bench.meter, records):
+        statistics = bench.observe(needs, lambda done, total: advance(done, ""))
     caches = CacheLosses(bench.model, bench.task, space, bank=bench.bank, meter=bench.meter)
     return ScoringContext(
         space=space,
@@ -165,17 +176,6 @@ def _observe(
         evaluator=bench.evaluator,
         caches=caches,
     )
-
-
-def record_tokens(bench: Bench, before: Mapping[str, int], records: Records) -> None:
-    """Record the tokens of each kind that were spent since the meter stood at ``before``."""
-    spent = {
-        kind: count - before.get(kind, 0)
-        for kind, count in bench.meter.counts.items()
-        if count > before.get(kind, 0)
-    }
-    if spent:
-        records.append({"type": "tokens", "counts": spent})
 
 
 def _fill(

@@ -54,6 +54,11 @@ class Bank:
         self._most_bytes = most_bytes
 
     @property
+    def space(self) -> SearchSpace:
+        """Units and menus."""
+        return self._space
+
+    @property
     def statistics(self) -> Mapping[str, Statistics]:
         """What operators compress with, by member name."""
         return self._statistics
@@ -96,7 +101,13 @@ class Bank:
                 loss, so it is refused here.
         """
         found = self._space.units[unit]
-        made = compress_unit(self._dense[unit], found, operator, self._statistics)
+        # a model may be spread over devices, and its statistics lie elsewhere
+        statistics = {
+            member.name: self._statistics[member.name].to(tensor.device)
+            for member, tensor in zip(found.members, self._dense[unit], strict=True)
+            if member.name in self._statistics
+        }
+        made = compress_unit(self._dense[unit], found, operator, statistics)
         for tensor, member in zip(made, found.members, strict=True):
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{member.name} under {operator.label} is not finite")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from search_spaces.space import Assignment
@@ -14,7 +14,7 @@ from search_spaces.space import Assignment
 SIGNIFICANT_DIGITS = 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Fidelity:
     """Which sequences of which split an assignment is measured on.
 
@@ -47,6 +47,8 @@ class Evaluation:
         sequence_cross_entropy_nats: (count,) the same for cross-entropy; empty where the task has
             none.
         num_tokens: Tokens sent through the model.
+        num_block_tokens: The same summed over the blocks that had to run: what prefix reuse saves
+            shows here. It depends on what was measured before, and is no part of the history.
         error: Why it failed, or ``None``.
     """
 
@@ -55,6 +57,7 @@ class Evaluation:
     sequence_nats: tuple[float, ...] = ()
     sequence_cross_entropy_nats: tuple[float, ...] = ()
     num_tokens: int = 0
+    num_block_tokens: int = field(default=0, compare=False)
     error: str | None = None
 
     @property
@@ -85,6 +88,7 @@ class Evaluation:
             "sequence_nats": list(self.sequence_nats),
             "sequence_cross_entropy_nats": list(self.sequence_cross_entropy_nats),
             "num_tokens": self.num_tokens,
+            "num_block_tokens": self.num_block_tokens,
             "error": self.error,
         }
 
@@ -97,6 +101,7 @@ class Evaluation:
             tuple(data["sequence_nats"]),
             tuple(data["sequence_cross_entropy_nats"]),
             data["num_tokens"],
+            data.get("num_block_tokens", 0),
             data["error"],
         )
 

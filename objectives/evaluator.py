@@ -1,4 +1,4 @@
-"""Measure whole assignments: swap them in, run the task, count the tokens."""
+"""Measure whole assignments: swap them in, run the blocks that differ, count the tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import nn
 
 from objectives.bank import Bank
 from objectives.evaluation import Evaluation, Fidelity, round_significant
-from objectives.task import Task, TokenMeter
+from objectives.prefix import DEFAULT_PREFIX_BYTES, PrefixReuse
+from objectives.task import SequenceLosses, Task, TokenMeter
 from search_spaces.space import Assignment
 
 
@@ -20,13 +21,24 @@ class Evaluator:
         task: What is measured; its splits are prepared on the dense model when first used.
         bank: Compressed parameters of the same model.
         meter: Where tokens are counted.
+        prefix_bytes: Cap of the hidden states that measurements share; 0 runs every forward in
+            full. The numbers are the same.
     """
 
-    def __init__(self, model: nn.Module, task: Task, bank: Bank, meter: TokenMeter) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        bank: Bank,
+        meter: TokenMeter,
+        *,
+        prefix_bytes: int = DEFAULT_PREFIX_BYTES,
+    ) -> None:
         self._model = model
         self._task = task
         self._bank = bank
         self._meter = meter
+        self._prefix = PrefixReuse(model, bank.space, most_bytes=prefix_bytes)
         self._prepared: set[str] = set()
 
     def prepare(self, split: str) -> None:
@@ -41,17 +53,36 @@ class Evaluator:
         self.prepare(fidelity.split)
         indices = fidelity.indices(self._task.num_sequences(fidelity.split))
         self._bank.swap(assignment)
-        losses = self._task.sequence_losses(self._model, fidelity.split, indices)
+        with self._prefix.measuring(assignment) as work:
+            losses = self._task.sequence_losses(self._model, fidelity.split, indices)
         tokens = len(indices) * self._task.tokens_per_sequence
-        self._meter.add(fidelity.split, tokens)
-        bad = [value for value in losses.nats if not math.isfinite(value)]
-        if bad:
-            error = f"non-finite loss {bad[0]}"
-            return Evaluation(assignment, fidelity, num_tokens=tokens, error=error)
-        return Evaluation(
-            assignment,
-            fidelity,
-            tuple(round_significant(value) for value in losses.nats),
-            tuple(round_significant(value) for value in losses.cross_entropy_nats),
-            tokens,
+        block_tokens = round(tokens * self._prefix.num_blocks * work.share)
+        self._meter.add(fidelity.split, tokens, block_tokens)
+        if work.num_checked:
+            checked = tokens * work.num_checked / work.num_full
+            self._meter.add("check", round(checked), round(checked * self._prefix.num_blocks))
+        return evaluation_of(
+            assignment, fidelity, losses, num_tokens=tokens, num_block_tokens=block_tokens
         )
+
+
+def evaluation_of(
+    assignment: Assignment,
+    fidelity: Fidelity,
+    losses: SequenceLosses,
+    *,
+    num_tokens: int,
+    num_block_tokens: int,
+) -> Evaluation:
+    """What was measured, rounded; a non-finite loss is a failed evaluation."""
+    bad = next((value for value in losses.nats if not math.isfinite(value)), None)
+    found = bad is None
+    return Evaluation(
+        assignment,
+        fidelity,
+        tuple(round_significant(v) for v in losses.nats) if found else (),
+        tuple(round_significant(v) for v in losses.cross_entropy_nats) if found else (),
+        num_tokens,
+        num_block_tokens,
+        None if found else f"non-finite loss {bad}",
+    )

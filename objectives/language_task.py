@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from objectives.calibration import Calibration
+from objectives.output_head import OutputHead, log_normaliser, logits_of
 from objectives.task import SequenceLosses
 from objectives.teacher import TeacherCache, keep_top, kl_per_token
 from objectives.tensor_file import write_tensors
@@ -47,6 +48,7 @@ class LanguageTask:
         self._folder = cache_folder
         self._teachers: dict[str, TeacherCache] = {}
         self._dense: dict[str, Tensor] = {}
+        self._head: OutputHead | None = None
 
     @property
     def tokens_per_sequence(self) -> int:
@@ -74,11 +76,16 @@ class LanguageTask:
         indices, log_probs = [], []
         with torch.inference_mode():
             for batch in torch.split(self._splits[split], self._batch_size):
-                kept, values = keep_top(_logits(model, batch), self._top_k)
-                indices.append(kept.cpu())
-                log_probs.append(values.cpu())
+                for _, logits in self._head_of(model).chunks(batch):
+                    kept, values = keep_top(logits, self._top_k)
+                    indices.append(kept.cpu())
+                    log_probs.append(values.cpu())
         full = indices[0].ndim == 1
-        cache = TeacherCache(indices[0] if full else torch.cat(indices), torch.cat(log_probs))
+        shape = self._splits[split].shape
+        cache = TeacherCache(
+            indices[0] if full else torch.cat(indices).view(*shape, -1),
+            torch.cat(log_probs).view(*shape, -1),
+        )
         self._teachers[split] = cache
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,51 +96,70 @@ class LanguageTask:
         self, model: nn.Module, split: str, indices: Sequence[int]
     ) -> SequenceLosses:
         """Loss and cross-entropy per token of each sequence."""
-        chosen = torch.tensor(indices)
-        nats: list[float] = []
-        cross: list[float] = []
+        rows = torch.tensor(indices)
         with torch.inference_mode():
-            for rows in torch.split(chosen, self._batch_size):
-                tokens = self._splits[split][rows]
-                logits = _logits(model, tokens)
-                # One sequence at a time: a float32 copy of all logits would not fit in any cache.
-                for place, row in enumerate(rows):
-                    own, words = logits[place, None], tokens[place, None]
-                    normaliser = own.float().logsumexp(-1)
-                    entropy = float(_cross_entropy(own, words, normaliser))
-                    cross.append(entropy)
-                    if self.name == "kl":
-                        nats.append(float(self._kl(own, split, row[None], normaliser)))
-                    else:
-                        nats.append(entropy - float(self._dense[split][row]))
-        return SequenceLosses(nats, cross)
+            found = [
+                self._batch(model, split, part) for part in torch.split(rows, self._batch_size)
+            ]
+        nats, cross = (torch.cat(values) for values in zip(*found, strict=True))
+        return SequenceLosses(nats.tolist(), cross.tolist())
 
     def likelihood_loss(self, model: nn.Module, split: str, index: int) -> Tensor:
         """Cross-entropy per token of one sequence, with a graph."""
         tokens = self._splits[split][index : index + 1]
-        return _cross_entropy(_logits(model, tokens), tokens)[0]
+        return _cross_entropy(logits_of(model, tokens), tokens)[0]
 
     def loss(self, model: nn.Module, split: str, index: int) -> Tensor:
         """The measured loss per token of one sequence, with a graph."""
         if self.name != "kl":
             return self.likelihood_loss(model, split, index)
-        rows = torch.tensor([index])
-        return self._kl(_logits(model, self._splits[split][rows]), split, rows)[0]
+        logits = logits_of(model, self._splits[split][[index]])
+        kept, values = self._teacher_rows(split, torch.tensor([index]), logits.device)
+        return kl_per_token(kept, values, logits[0]).mean()
 
-    def _kl(
-        self, logits: Tensor, split: str, rows: Tensor, normaliser: Tensor | None = None
-    ) -> Tensor:
-        """(len(rows),) mean KL per token."""
+    def _head_of(self, model: nn.Module) -> OutputHead:
+        """The model with its head apart."""
+        if self._head is None or self._head.model is not model:
+            self._head = OutputHead(model)
+        return self._head
+
+    def _batch(self, model: nn.Module, split: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(len(rows),) losses and cross-entropies per token of one batch, float64."""
+        tokens = self._splits[split][rows]
+        targets = tokens.roll(-1, 1).flatten()  # the last of each sequence is left out below
+        normalisers, chosen, kls = [], [], []
+        teacher: tuple[Tensor, Tensor] | None = None
+        for part, logits in self._head_of(model).chunks(tokens):
+            normaliser = log_normaliser(logits)
+            normalisers.append(normaliser)
+            picked = logits.gather(-1, targets[part, None].to(logits.device))
+            chosen.append(picked.squeeze(-1).float())
+            if self.name == "kl":
+                teacher = teacher or self._teacher_rows(split, rows, logits.device)
+                kept = teacher[0] if teacher[0].ndim == 1 else teacher[0][part]
+                kls.append(kl_per_token(kept, teacher[1][part], logits, normaliser))
+        entropy = (torch.cat(normalisers) - torch.cat(chosen)).view(tokens.shape)[:, :-1]
+        cross = entropy.mean(-1).cpu().double()
+        if self.name == "kl":
+            return torch.cat(kls).view(tokens.shape).mean(-1).cpu().double(), cross
+        return cross - self._dense[split][rows] if split in self._dense else cross, cross
+
+    def _teacher_rows(
+        self, split: str, rows: Tensor, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Kept outcomes (rows x length, k), or (0,), and log-probabilities of some sequences."""
         teacher = self._teachers[split]
-        kept = teacher.indices if teacher.full else teacher.indices[rows].to(logits.device)
-        values = teacher.log_probs[rows].to(logits.device)
-        return kl_per_token(kept, values, logits, normaliser).mean(-1)
+        kept = teacher.indices if teacher.full else teacher.indices[rows].flatten(0, 1)
+        return kept.to(device), teacher.log_probs[rows].flatten(0, 1).to(device)
 
     def _dense_cross_entropy(self, model: nn.Module, split: str) -> Tensor:
         """(num_sequences,) of the dense model."""
+        rows = torch.arange(self.num_sequences(split))
         with torch.inference_mode():
-            batches = torch.split(self._splits[split], self._batch_size)
-            return torch.cat([_cross_entropy(_logits(model, b), b).cpu() for b in batches])
+            parts = [
+                self._batch(model, split, part)[1] for part in torch.split(rows, self._batch_size)
+            ]
+        return torch.cat(parts)
 
     def _cache_path(self, split: str) -> Path | None:
         if self._folder is None:
@@ -144,17 +170,8 @@ class LanguageTask:
         )
 
 
-def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    """(batch, length, vocabulary) next-token logits."""
-    device = next(model.parameters()).device
-    output: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
-    return output
-
-
-def _cross_entropy(logits: Tensor, tokens: Tensor, normaliser: Tensor | None = None) -> Tensor:
-    """(batch,) mean next-token cross-entropy in float32."""
+def _cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+    """(batch,) mean next-token cross-entropy in float32, with a graph."""
     targets = tokens[:, 1:, None].to(logits.device)
-    if normaliser is None:
-        normaliser = logits.float().logsumexp(-1)
     chosen = logits[:, :-1].gather(-1, targets).squeeze(-1).float()
-    return (normaliser[:, :-1] - chosen).mean(-1)
+    return (logits[:, :-1].float().logsumexp(-1) - chosen).mean(-1)

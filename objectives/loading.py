@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,13 @@ class LoadedModel:
     folder: Path
 
 
-def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | Mapping[str, str] | None = None,
+) -> LoadedModel:
     """Load a causal language model with its tokenizer and hash its weights.
 
     Args:
@@ -66,6 +73,8 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> Loade
         dtype: ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the device multiplies it
             natively.
         device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto``: CUDA if there is any.
+        device_map: Spread over several devices instead, by ``accelerate``: ``auto``, ``balanced``,
+            ``sequential``, or devices by module name.
 
     Returns:
         The frozen model.
@@ -73,22 +82,25 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> Loade
     Raises:
         ValueError: No such model, dtype or device; a folder without configuration, safetensors or
             tokenizer; a damaged file; weights that are missing, already quantized, or not those of
-            a causal language model that transformers knows.
+            a causal language model that transformers knows; a device map without ``accelerate``,
+            beside a device, or that leaves weights off every device.
     """
+    if device_map is not None:
+        _check_device_map(device)
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
     folder = find_model(name)
-    config = _read_config(folder)
-    files = _weight_files(folder)
-    model = _load_weights(folder, chosen_dtype)
-    tokenizer = _load_tokenizer(folder)
+    config = read_config(folder)
+    files = weight_files(folder)
+    model = _load_weights(folder, chosen_dtype, device_map)
+    tokenizer = load_tokenizer(folder)
     return LoadedModel(
-        model=model.to(chosen_device),  # type: ignore[arg-type]
+        model=model.to(chosen_device) if device_map is None else model,  # type: ignore[arg-type]
         tokenizer=tokenizer,
         name=name,
         architecture=type(model).__name__,
         config_sha256=hash_config(config),
-        weights_sha256=_hash_files(files, model),
+        weights_sha256=hash_files(files, model),
         folder=folder,
     )
 
@@ -114,7 +126,7 @@ def find_model(name: str) -> Path:
         raise ValueError(
             f"no model {name!r}: neither a folder, nor an embedded model "
             f"({', '.join(EMBEDDED_MODELS)}), nor a model that the hub supplies "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
 
 
@@ -201,7 +213,12 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, name)() for name in tests if hasattr(torch.cpu, name))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a model folder's config.json.
+
+    Raises:
+        ValueError: There is none, it cannot be read, or it is of a quantized model.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is not the folder of a model: it has no config.json")
@@ -216,8 +233,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The checkpoint's safetensors files: those its index lists, or the single one."""
+def weight_files(folder: Path) -> list[Path]:
+    """The checkpoint's safetensors files: those its index lists, or the single one.
+
+    Raises:
+        ValueError: There are none, or some are missing.
+    """
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if index.is_file() and not single.is_file():
@@ -242,7 +263,12 @@ def _weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder} holds no weights: expected model.safetensors or its index")
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ValueError: There is none that transformers can read.
+    """
     try:
         with quiet_transformers():
             from transformers import AutoTokenizer
@@ -254,11 +280,24 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(
             f"{folder} has no tokenizer that transformers can read (is tokenizer.json there?): "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
 
 
-def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _check_device_map(device: str) -> None:
+    """Refuse a device map that says otherwise than the device, or that nothing could serve."""
+    if device != "auto":
+        raise ValueError(f"give a device map or the device {device!r}, not both")
+    if find_spec("accelerate") is None:
+        raise ValueError(
+            "a device map needs accelerate: pip install 'model-allocator[device-map]', "
+            "or stream the model on one device"
+        )
+
+
+def _load_weights(
+    folder: Path, dtype: torch.dtype, device_map: str | Mapping[str, str] | None = None
+) -> PreTrainedModel:
     try:
         with quiet_transformers():
             from transformers import AutoModelForCausalLM
@@ -266,6 +305,7 @@ def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
+                device_map=dict(device_map) if isinstance(device_map, Mapping) else device_map,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -274,7 +314,7 @@ def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(
-            f"cannot load {folder} as a causal language model: {_first_line(error)}"
+            f"cannot load {folder} as a causal language model: {first_line(error)}"
         ) from error
     model: PreTrainedModel = loaded[0]
     report: dict[str, Any] = loaded[1]
@@ -289,6 +329,11 @@ def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise ValueError(
             f"{folder} lacks {len(absent)} weights of {type(model).__name__}, such as {absent[0]}"
         )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"{folder} does not fit these devices: the device map leaves weights on disk; "
+            "stream the model instead"
+        )
     if report["unexpected_keys"]:
         spare = sorted(report["unexpected_keys"])
         logger.warning("%s: %d weights are not used, such as %s", folder, len(spare), spare[0])
@@ -298,7 +343,7 @@ def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _hash_files(files: Iterable[Path], model: nn.Module) -> str:
+def hash_files(files: Iterable[Path], model: nn.Module) -> str:
     """Hash weights as stored; a tied one counts once, whichever of its names are stored."""
     first_names: dict[int, str] = {}
     aliases = {
@@ -319,6 +364,6 @@ def _hash_files(files: Iterable[Path], model: nn.Module) -> str:
     return hash_weights(stored())
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """A foreign error's message, short enough for a sentence."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")

@@ -58,16 +58,9 @@ def collect_statistics(
     if not needs:
         return {}
     members = [m for unit in space.units for m in unit.members if not m.cache]
-    observed = members if {"second_moment", "hessian"} & set(needs) else []
-    moments = _InputMoments(model, observed, full="hessian" in needs)
-    fisher = _SquaredGradients(model, members if "fisher" in needs else [])
+    observed = Observation(model, members, needs)
     total = task.num_sequences("statistics")
-    with ExitStack() as stack:
-        stack.enter_context(moments.listening())
-        if "fisher" in needs:
-            stack.enter_context(fisher.listening())
-        else:
-            stack.enter_context(torch.no_grad())
+    with observed.listening():
         for index in range(total):
             loss = task.likelihood_loss(model, "statistics", index)
             meter.add("statistics", task.tokens_per_sequence)
@@ -75,15 +68,53 @@ def collect_statistics(
                 loss.backward()  # type: ignore[no-untyped-call]
                 meter.add("statistics_backward", 2 * task.tokens_per_sequence)
             progress(index + 1, total)
-    scale = task.tokens_per_sequence / total
-    return {
-        member.name: Statistics(
-            second_moment=moments.second_moment(member) if "second_moment" in needs else None,
-            hessian=moments.hessian(member) if "hessian" in needs else None,
-            fisher=fisher.sum(member) * scale if "fisher" in needs else None,
-        )
-        for member in members
-    }
+    return observed.statistics(task.tokens_per_sequence / total)
+
+
+class Observation:
+    """What some members of a model see, and how the loss feels them, while it runs.
+
+    Args:
+        model: Holds the members; may be without weights elsewhere.
+        members: What is observed.
+        needs: Any of ``second_moment``, ``hessian``, ``fisher``.
+    """
+
+    def __init__(self, model: nn.Module, members: Sequence[Member], needs: Collection[str]) -> None:
+        self._members = members
+        self._needs = needs
+        inputs = members if {"second_moment", "hessian"} & set(needs) else []
+        self._moments = _InputMoments(model, inputs, full="hessian" in needs)
+        self._fisher = _SquaredGradients(model, members if "fisher" in needs else [])
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Observe what runs inside; one backward at a time is one gradient that is squared."""
+        with ExitStack() as stack:
+            stack.enter_context(self._moments.listening())
+            if "fisher" in self._needs:
+                stack.enter_context(self._fisher.listening())
+            else:
+                stack.enter_context(torch.no_grad())
+            yield
+
+    def statistics(self, fisher_scale: float) -> dict[str, Statistics]:
+        """By member name, to be asked for once.
+
+        Args:
+            fisher_scale: What sums of squared gradients are multiplied by.
+        """
+        needs = self._needs
+        return {
+            member.name: Statistics(
+                second_moment=(
+                    self._moments.second_moment(member) if "second_moment" in needs else None
+                ),
+                hessian=self._moments.hessian(member) if "hessian" in needs else None,
+                fisher=self._fisher.sum(member).mul_(fisher_scale) if "fisher" in needs else None,
+            )
+            for member in self._members
+        }
 
 
 @contextmanager

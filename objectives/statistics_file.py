@@ -8,13 +8,15 @@ of the run, resumed sessions, and whoever applies the plan later.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from objectives.tensor_file import write_tensors
+from objectives.tensor_file import write_tensors, writing_tensors
 from search_spaces.operators import Statistics
 
 FILE_NAME = "statistics.safetensors"
@@ -39,18 +41,29 @@ class StatisticsFile:
         Raises:
             ValueError: The file cannot be written.
         """
-        tensors = {
-            f"{member}{_SEPARATOR}{kind}": value.cpu()
-            for member, found in statistics.items()
-            for kind in sorted(kinds)
-            if (value := getattr(found, kind)) is not None
-        }
-        metadata = {"identity": self.identity, "kinds": json.dumps(sorted(kinds))}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"cannot write the statistics {self.path}: {error}") from error
-        write_tensors(tensors, self.path, metadata=metadata, what="the statistics")
+        tensors = dict(_named(statistics, kinds))
+        self._make_folder()
+        write_tensors(tensors, self.path, metadata=self._metadata(kinds), what="the statistics")
+
+    @contextmanager
+    def writing(
+        self, members: Collection[str], kinds: Collection[str]
+    ) -> Iterator[Callable[[Mapping[str, Statistics]], None]]:
+        """Write some kinds of statistics of some members as they are handed over, once each.
+
+        Raises:
+            ValueError: The file cannot be written.
+        """
+        self._make_folder()
+        names = [f"{member}{_SEPARATOR}{kind}" for member in members for kind in kinds]
+        metadata = self._metadata(kinds)
+        with writing_tensors(self.path, names, metadata=metadata, what="the statistics") as file:
+
+            def add(statistics: Mapping[str, Statistics]) -> None:
+                for name, tensor in _named(statistics, kinds):
+                    file.add(name, tensor)
+
+            yield add
 
     def load(self, device: str = "cpu") -> tuple[frozenset[str], dict[str, Statistics]]:
         """The kinds that are kept and the statistics by member name; nothing if there is no file.
@@ -81,6 +94,26 @@ class StatisticsFile:
             member: Statistics(**values)  # type: ignore[arg-type]
             for member, values in grouped.items()
         }
+
+    def _metadata(self, kinds: Collection[str]) -> dict[str, str]:
+        return {"identity": self.identity, "kinds": json.dumps(sorted(kinds))}
+
+    def _make_folder(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot write the statistics {self.path}: {error}") from error
+
+
+def _named(
+    statistics: Mapping[str, Statistics], kinds: Collection[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of some kinds, on the CPU, under their names in the file."""
+    for member, found in statistics.items():
+        for kind in sorted(kinds):
+            value: Tensor | None = getattr(found, kind)
+            if value is not None:
+                yield f"{member}{_SEPARATOR}{kind}", value.cpu()
 
 
 def statistics_identity(weights_sha256: str, text_sha256: str) -> str:

@@ -58,13 +58,24 @@ class Task(Protocol):
 
 @dataclass
 class TokenMeter:
-    """Counts tokens sent through a model by kind; a backward pass counts as two forwards."""
+    """Counts tokens sent through a model by kind; a backward pass counts as two forwards.
 
+    Attributes:
+        num_blocks: Blocks of the model, to count block-tokens: tokens summed over the blocks that
+            they went through.
+        counts: Tokens by kind.
+        block_counts: Block-tokens by kind; fewer where a pass could start half way.
+    """
+
+    num_blocks: int = 0
     counts: Counter[str] = field(default_factory=Counter)
+    block_counts: Counter[str] = field(default_factory=Counter)
 
-    def add(self, kind: str, tokens: int) -> None:
-        """Count forward tokens of one kind."""
+    def add(self, kind: str, tokens: int, block_tokens: int | None = None) -> None:
+        """Count forward tokens of one kind; without block-tokens they went through all blocks."""
         self.counts[kind] += tokens
+        full = tokens * self.num_blocks
+        self.block_counts[kind] += full if block_tokens is None else block_tokens
 
     def as_dict(self) -> Mapping[str, int]:
         """Plain counts by kind, sorted."""

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+STORED_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Element types by their names in a safetensors file."""
 
 
 def write_tensors(
@@ -39,5 +59,73 @@ def write_tensors(
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot write {what + ' ' if what else ''}{path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+_ENTRY_BYTES = 256  # of a tensor in a header, besides its name: type, rank and offsets
+
+
+class TensorWriter:
+    """Writes the tensors of one safetensors file as they come, so that they never exist together.
+
+    Made by :func:`writing_tensors`.
+    """
+
+    def __init__(self, file: BinaryIO, names: Collection[str], metadata: Mapping[str, str]) -> None:
+        self._file = file
+        self._names = frozenset(names)
+        self._header: dict[str, object] = {"__metadata__": dict(metadata)}
+        most = len(json.dumps(self._header)) + sum(len(json.dumps(n)) + _ENTRY_BYTES for n in names)
+        self._header_bytes = -(-most // 8) * 8
+        self._written = 0
+        file.seek(8 + self._header_bytes)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one of the tensors that were announced, once."""
+        assert name in self._names, name
+        assert name not in self._header, name
+        flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        self._file.write(flat.numpy().data)
+        end = self._written + tensor.nbytes
+        self._header[name] = {
+            "dtype": next(word for word, dtype in STORED_TYPES.items() if dtype == tensor.dtype),
+            "shape": list(tensor.shape),
+            "data_offsets": [self._written, end],
+        }
+        self._written = end
+
+    def finish(self) -> None:
+        """Write the header, padded to the room that was left for it."""
+        text = json.dumps(self._header, separators=(",", ":")).encode().ljust(self._header_bytes)
+        assert len(text) == self._header_bytes
+        self._file.seek(0)
+        self._file.write(self._header_bytes.to_bytes(8, "little") + text)
+
+
+@contextmanager
+def writing_tensors(
+    path: Path, names: Collection[str], *, metadata: Mapping[str, str], what: str
+) -> Iterator[TensorWriter]:
+    """A safetensors file that appears, whole, when the block ends well.
+
+    Args:
+        path: In a folder that exists.
+        names: Of all tensors that may come; not all of them have to.
+        metadata: The file's ``__metadata__``.
+        what: What the file is, for the message.
+
+    Raises:
+        ValueError: It cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            writer = TensorWriter(file, names, metadata)
+            yield writer
+            writer.finish()
+        temporary.replace(path)
+    except OSError as error:
+        raise ValueError(f"cannot write {what} {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)

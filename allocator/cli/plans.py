@@ -210,7 +210,8 @@ def _statistics(loaded: Plan, plan: Path) -> Mapping[str, Statistics]:
             f"the plan's operators need statistics of its calibration text, and {path} is missing: "
             "give the plan in its run's folder, and 'allocator resume' the run if its cache is gone"
         )
-    text = "" if loaded.calibration is None else loaded.calibration.splits["statistics"].sha256
+    texts = loaded.calibration
+    text = "" if texts is None else texts.statistics_identity(loaded.objective)
     identity = statistics_identity(loaded.model.weights_sha256, text)
     return StatisticsFile(path, identity).load()[1]
 
@@ -231,7 +232,8 @@ def _print_facts(plan: Plan) -> None:
     facts.add_row("returned", f"{plan.returned}; {plan.solver_status}")
     for name, entry in plan.heldout_nats.items():
         facts.add_row(
-            f"held-out {name}", f"{entry.nats:.4f} ± {entry.standard_error_nats:.4f} nats per token"
+            f"held-out {name}",
+            f"{entry.nats:.4f} ± {entry.standard_error_nats:.4f} {plan.loss_unit_text}",
         )
     console.print(facts)
 

@@ -1,4 +1,4 @@
-"""Verbs on runs: search, resume, solve, report."""
+"""Verbs on runs: search, resume, report."""
 
 from __future__ import annotations
 
@@ -11,22 +11,20 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from allocator.bench import BenchPool
-from allocator.budget import parse_budgets, resolve_budget
+from allocator.budget import parse_budgets
 from allocator.cli.terminal import console, format_bytes, parse_duration, print_json, reporting
 from allocator.config import RunConfig
 from allocator.executors import EXECUTORS
-from allocator.pipeline import additive_problem
-from allocator.plan import load_plan, save_plan
-from allocator.plan_build import PlanFacts, solved_plan
-from allocator.run_folder import existing_run, load_losses, load_space, run_folder
-from allocator.runner import Finished, check_start, default_name, resume_run, start_run
+from allocator.run_folder import existing_run, run_folder
+from allocator.runner import Finished, resume_run, start_run
 from allocator.searches import SEARCHES
-from allocator.solvers import SOLVERS
+from allocator.session import check_start, default_name
+from objectives.language_objectives import OBJECTIVES
 from objectives.sensitivity import SCORERS
 
 Runs = Annotated[Path, typer.Option(help="Folder that holds the runs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines; no progress.")]
-_RUNS = Path("runs")
+RUNS = Path("runs")
 # Options that are not called like their place in the configuration.
 _OPTIONS = {
     "search.batch": "sequences",
@@ -57,23 +55,29 @@ def search(
     text: Annotated[str, typer.Option(help="datasets id, .txt, .jsonl, .parquet or embedded.")] = (
         "wiki-summaries"
     ),
+    also: Annotated[
+        list[str], typer.Option(help="TEXT=WEIGHT: a text beside --text (1); TEXT: weighed.")
+    ] = [],
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
     num_statistics: Annotated[int, typer.Option(help="Sequences for statistics.")] = 64,
     num_search: Annotated[int, typer.Option(help="Sequences the search measures on.")] = 64,
     num_guard: Annotated[int, typer.Option(help="Sequences that choose what is returned.")] = 32,
     num_heldout: Annotated[int, typer.Option(help="Sequences that only report.")] = 32,
     data_seed: Annotated[int, typer.Option(help="Orders the documents.")] = 0,
-    objective: Annotated[str, typer.Option(help="kl or cross_entropy.")] = "kl",
+    objective: Annotated[str, typer.Option(help=f"One of {', '.join(OBJECTIVES)}.")] = "kl",
     top_k: Annotated[int, typer.Option(help="Outcomes the teacher keeps; 0: all.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 4,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[int, typer.Option(help="Torch threads a process; 0: share the cores.")] = 0,
     method: Annotated[
-        str, typer.Option("--search", help="See 'allocator list searches'.")
+        str, typer.Option("--search", help="One or several with commas: 'allocator list searches'.")
     ] = "model_guided",
     scorer: Annotated[str, typer.Option(help="Loss table that the search starts from.")] = "blend",
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    warm_start: Annotated[
+        str | None, typer.Option(help="Earlier run, or study as STORAGE#STUDY, to start from.")
+    ] = None,
     window: Annotated[int, typer.Option(help="Proposals under way at once.")] = 4,
     sequences: Annotated[int, typer.Option(help="Sequences per evaluation.")] = 4,
     trials: Annotated[int | None, typer.Option(help="Most evaluations (150 if no cap).")] = None,
@@ -83,12 +87,13 @@ def search(
     workers: Annotated[int, typer.Option(help="Ray workers; at most half the window.")] = 1,
     address: Annotated[str | None, typer.Option(help="Of a running Ray cluster.")] = None,
     gpus_per_worker: Annotated[float, typer.Option(help="GPUs Ray reserves per worker.")] = 0.0,
-    runs: Runs = _RUNS,
+    runs: Runs = RUNS,
     name: Annotated[str | None, typer.Option(help="Of the run; else model and budget.")] = None,
     as_json: Json = False,
 ) -> None:
     """Search the best allocation of a model within a byte budget."""
     budgets = parse_budgets(budget)
+    others, weights = _split_texts(also)
     no_cap = trials is None and tokens is None and time is None
     data: dict[str, Any] = {
         "model": model,
@@ -96,7 +101,7 @@ def search(
         "space": {
             "space": space,
             "ties": ties,
-            "pins": [_split_pin(text) for text in pin],
+            "pins": [split_pin(text) for text in pin],
             "exclude": exclude,
             "open_units": open_units,
             "bar_keep": bar_keep,
@@ -106,6 +111,8 @@ def search(
         },
         "data": {
             "text": text,
+            "also": others,
+            "weights": weights,
             "sequence_length": sequence_length,
             "statistics": num_statistics,
             "search": num_search,
@@ -127,6 +134,7 @@ def search(
             "seed": seed,
             "window": window,
             "batch": sequences,
+            "warm_start": warm_start,
         },
         "caps": {
             "trials": 150 if no_cap else trials,
@@ -140,7 +148,7 @@ def search(
             "gpus_per_worker": gpus_per_worker,
         },
     }
-    config = _config(data)
+    config = make_config(data)
     found = _run_all(config, budgets, runs=runs, name=name, quiet=as_json)
     if as_json:
         print_json([summary(run) for run in found])
@@ -153,7 +161,7 @@ def resume(
     time: Annotated[str | None, typer.Option(help="New time limit of the search.")] = None,
     executor: Annotated[str | None, typer.Option(help="in-process or ray.")] = None,
     workers: Annotated[int | None, typer.Option(help="Ray workers.")] = None,
-    runs: Runs = _RUNS,
+    runs: Runs = RUNS,
     as_json: Json = False,
 ) -> None:
     """Continue a run after a crash, or with larger caps; nothing is measured twice."""
@@ -168,7 +176,7 @@ def resume(
             data["caps"]["seconds"] = None  # the old limit would end this session too
         data["caps"] |= {key: value for key, value in caps.items() if value is not None}
         data["execution"] |= {key: value for key, value in execution.items() if value is not None}
-        return _config(data)
+        return make_config(data)
 
     with reporting(quiet=as_json) as reporter:
         finished = resume_run(existing_run(run, runs), reporter, change=change, extend=extend)
@@ -178,54 +186,9 @@ def resume(
         print_finished(finished)
 
 
-def solve(
-    run: Annotated[str, typer.Argument(help="Finished run folder or name.")],
-    budget: Annotated[str, typer.Option(help="One or several budgets, comma separated.")],
-    scorer: Annotated[str | None, typer.Option(help="Whose table; else the run's own.")] = None,
-    solver: Annotated[str, typer.Option(help="See 'allocator list solvers'.")] = "dynamic",
-    output: Annotated[Path | None, typer.Option("-o", help="Folder for the plans.")] = None,
-    runs: Runs = _RUNS,
-    as_json: Json = False,
-) -> None:
-    """Solve new budgets from a run's loss table, without the model and without measuring."""
-    folder = existing_run(run, runs)
-    space = load_space(folder.space)
-    tables = load_losses(folder.losses, space)
-    plan = load_plan(folder.plan)
-    name = scorer or plan.scorer
-    if name not in tables:
-        raise ValueError(f"the run has no table of {name!r}; it has {', '.join(tables)}")
-    facts = PlanFacts(plan.model, plan.calibration, plan.objective, plan.dtype)
-    destination = output or folder.path
-    destination.mkdir(parents=True, exist_ok=True)
-    table = Table("budget", "stored bytes", "bits/weight", f"predicted ({tables[name].unit})")
-    table.add_column("lower bound")
-    table.add_column("plan")
-    rows = []
-    for word in parse_budgets(budget):
-        resolved = resolve_budget(word, space)
-        solution = SOLVERS[solver]().solve(additive_problem(space, tables[name], resolved))
-        made = solved_plan(space, resolved, tables[name], solution, facts)
-        path = destination / f"plan-{name}-{word.replace('%', 'pct')}.json"
-        save_plan(made, path)
-        table.add_row(
-            word,
-            f"{made.achieved_bytes:,}",
-            f"{made.bits_per_weight:.4f}",
-            f"{made.predicted_nats:.5g}",
-            f"{made.lower_bound_nats:.5g}",
-            str(path),
-        )
-        rows.append({"plan": str(path), **made.model_dump(mode="json", exclude={"units", "fixed"})})
-    if as_json:
-        print_json(rows)
-    else:
-        console.print(table)
-
-
 def report(
     run: Annotated[str, typer.Argument(help="Finished run folder or name.")],
-    runs: Runs = _RUNS,
+    runs: Runs = RUNS,
 ) -> None:
     """Write a finished run's results and HTML report again from its journal, without the model."""
     with reporting(quiet=True) as reporter:
@@ -241,7 +204,8 @@ def print_finished(run: Finished) -> None:
         box=SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
-        caption="nats per token ± standard error; difference: returned minus this, held-out",
+        caption=f"{plan.loss_unit_text} ± standard error; "
+        "difference: returned minus this, held-out",
     )
     for column in ("plan", "bpw", "search", "guard", "held-out", "ppl", "difference"):
         table.add_column(column, no_wrap=True)
@@ -302,7 +266,7 @@ def _run_all(
     return found
 
 
-def _config(data: dict[str, Any]) -> RunConfig:
+def make_config(data: dict[str, Any]) -> RunConfig:
     """The validated configuration, its names checked before anything is loaded."""
     try:
         config = RunConfig.model_validate(data)
@@ -311,8 +275,9 @@ def _config(data: dict[str, Any]) -> RunConfig:
         place = ".".join(str(part) for part in first["loc"])
         option = _OPTIONS.get(place, place.rpartition(".")[2].replace("_", "-"))
         raise ValueError(f"--{option}: {first['msg']}, got {first['input']!r}") from error
+    for name in config.search.name.split(","):
+        SEARCHES[name.strip()]
     for table, word in (
-        (SEARCHES, config.search.name),
         (SCORERS, config.search.scorer),
         (EXECUTORS, config.execution.executor),
     ):
@@ -331,9 +296,30 @@ def _config(data: dict[str, Any]) -> RunConfig:
     return config
 
 
-def _split_pin(text: str) -> tuple[str, str]:
+def split_pin(text: str) -> tuple[str, str]:
     """GLOB=LABEL as a pair."""
     glob, separator, label = text.rpartition("=")
     if not separator or not glob or not label:
         raise ValueError(f"--pin expects GLOB=LABEL such as '*.o_proj=int8-g64', got {text!r}")
     return glob, label
+
+
+def _split_texts(words: list[str]) -> tuple[list[str], list[float]]:
+    """TEXT=WEIGHT, repeated, as texts and the weights of ``--text`` and each; or TEXT, without."""
+    found = [_split_weight(word) for word in words]
+    weights = [weight for _, weight in found if weight is not None]
+    if weights and len(weights) < len(found):
+        raise ValueError("--also: give every text a weight (TEXT=WEIGHT) or none (TEXT)")
+    return [text for text, _ in found], [1.0, *weights] if weights else []
+
+
+def _split_weight(word: str) -> tuple[str, float | None]:
+    """TEXT=WEIGHT as a pair; an equals sign that no number follows is part of the text."""
+    text, separator, weight = word.rpartition("=")
+    try:
+        number = float(weight)
+    except ValueError:
+        return word, None
+    if not separator or not text:
+        return word, None
+    return text, number

@@ -10,7 +10,7 @@ from rich.table import Table
 from allocator.budget import parse_budgets, resolve_budget
 from allocator.cli.terminal import console, format_bytes, print_json
 from allocator.config import SpaceConfig
-from allocator.runner import price_space
+from allocator.session import price_space
 from search_spaces.space import Menu, SearchSpace, Unit
 
 

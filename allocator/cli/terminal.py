@@ -26,6 +26,8 @@ console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
 _SECONDS_BETWEEN_LINES = 60
+_SHORT = re.compile(r"^(\d+(?:\.\d+)?)(s|ms|us)$")
+_SHORT_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 _DURATION = re.compile(r"^(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?$")
 
 
@@ -146,6 +148,19 @@ def parse_duration(text: str) -> float:
     if match is None or total <= 0:
         raise ValueError(f"{text!r} is not a duration: write 90, 90s, 5m or 1h30m")
     return total
+
+
+def parse_latency(text: str) -> float:
+    """Seconds of ``12ms``, ``850us`` or ``0.02s``.
+
+    Raises:
+        ValueError: Not so written, or zero.
+    """
+    match = _SHORT.match(text.strip())
+    seconds = float(match[1]) * _SHORT_UNITS[match[2]] if match else 0.0
+    if seconds <= 0:
+        raise ValueError(f"{text!r} is not a latency: write 12ms, 850us or 0.02s")
+    return seconds
 
 
 def format_bytes(size: int) -> str:

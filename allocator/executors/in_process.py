@@ -1,10 +1,15 @@
-"""Measure one after another in this process: the default, needing nothing but the model."""
+"""Measure one after another in this process: the default, needing nothing but the model.
+
+What is queued is measured in lexicographic order of tokens and assignments. Units are ordered by
+depth, so that is a walk through the trie of what candidates have in common: each shared prefix of
+blocks is computed once and used while it is kept.
+"""
 
 from __future__ import annotations
 
+import heapq
 import logging
 import math
-from collections import deque
 from dataclasses import replace
 
 from allocator.executors.base import Measure, MeasureFactory
@@ -25,16 +30,16 @@ class InProcess:
 
     def __init__(self, make: MeasureFactory) -> None:
         self._measure = make()
-        self._queue: deque[tuple[str, Assignment, Fidelity]] = deque()
+        self._queue: list[tuple[Fidelity, Assignment, str]] = []
 
     def submit(self, key: str, assignment: Assignment, fidelity: Fidelity) -> None:
         """Queue one measurement under its content address."""
-        self._queue.append((key, assignment, fidelity))
+        heapq.heappush(self._queue, (fidelity, assignment, key))
 
     def next(self) -> tuple[str, Evaluation]:
-        """Measure what was queued first."""
+        """Measure what shares most with what was measured before it."""
         assert self._queue, "nothing was submitted"
-        key, assignment, fidelity = self._queue.popleft()
+        fidelity, assignment, key = heapq.heappop(self._queue)
         return key, safe_measure(self._measure, assignment, fidelity)
 
     def drop_queued(self) -> None:

@@ -235,7 +235,7 @@ def _factors(
     model: nn.Module, member: Member, operator: LowRank, statistics: Mapping[str, Statistics]
 ) -> tuple[Tensor, Tensor]:
     """(rows, rank) and (rank, columns) as stored: in 16 bits where these hold them exactly."""
-    from allocator.apply import STORED_TYPES
+    from objectives.tensor_file import STORED_TYPES
     from search_spaces.operators.members import logical
 
     parameter = model.get_parameter(member.name).detach()
@@ -250,7 +250,8 @@ def _factors(
 
 def _store_as_planned(model: nn.Module, plan: Plan) -> None:
     """Turn fixed and kept tensors, in place, into the types that hold them exactly."""
-    from allocator.apply import STORED_TYPES, tensor_of
+    from allocator.apply import tensor_of
+    from objectives.tensor_file import STORED_TYPES
 
     planned = {tensor.name: tensor.dtype for tensor in plan.fixed}
     for entry in plan.units:

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from allocator.apply import NO_STATISTICS, STORED_TYPES, StatisticsByName, check_model
+from allocator.apply import NO_STATISTICS, StatisticsByName, check_model
 from allocator.exporters.gguf_names import GGUFTensor, family, gguf_tensors
 from allocator.exporters.llama_cpp import read_gguf
 from allocator.plan import Plan
+from objectives.tensor_file import STORED_TYPES
 from search_spaces.models.geometry import head_dim
 from search_spaces.operators.members import pack_unit
 

@@ -47,13 +47,13 @@ def heldout_section(view: RunView) -> Markup:
     )
     unit = "KL to the dense model" if view.plan.objective == "kl" else view.plan.objective
     shown = figure(
-        heldout_figure(compared),
-        label=f"Dot plot of held-out losses in nats per token: {losses}",
+        heldout_figure(compared, view.plan.loss_unit_text),
+        label=f"Dot plot of held-out losses in {view.plan.loss_unit_text}: {losses}",
         caption=(
-            f"Loss ({unit}) in nats per token on text that neither the search nor the choice "
-            "between the plans has seen. Bars, and ± everywhere, are one standard error over "
-            "sequences. The plans are measured on the same sequences, so their paired difference "
-            "is surer than the bars suggest."
+            f"Loss ({unit}) in {view.plan.loss_unit_text} on text that neither the search nor the "
+            "choice between the plans has seen. Bars, and ± everywhere, are one standard error "
+            "over sequences. The plans are measured on the same sequences, so their paired "
+            "difference is surer than the bars suggest."
         ),
     )
     differences = _differences_table(view.plan)
@@ -73,10 +73,10 @@ def frontier_section(view: RunView) -> Markup:
         f"({view.predicted_unit}) that any assignment of so many bytes can have. The points are "
         "measured on held-out text, with one standard error; the dotted line is the budget"
     )
-    if view.predicted_unit != "nats":
+    if view.predicted_unit != plan.loss_unit:
         caption += (
-            ". The scores are not known to compare with nats per token, so line and points share "
-            "the axis of bytes only"
+            f". The scores are not known to compare with {plan.loss_unit_text}, so line and points "
+            "share the axis of bytes only"
         )
     for method in compared:
         if method not in drawn:
@@ -98,7 +98,7 @@ def frontier_section(view: RunView) -> Markup:
         )
         for method in drawn
     ]
-    heads = ("Plan", "Payload bytes", "Bits per weight", "Measured nats")
+    heads = ("Plan", "Payload bytes", "Bits per weight", f"Measured {plan.loss_unit}")
     beside = render_table(Table("Measured on held-out text", heads, rows)) if rows else ""
     points = [view.frontier[i] for i in _spread(len(view.frontier), _MOST_FRONTIER_POINTS)]
     frontier = Table(
@@ -126,10 +126,10 @@ def search_section(view: RunView) -> Markup:
     shown = _thinned(view.measurements)
     num_failed = sum(m.loss_nats is None for m in view.measurements)
     progress = figure(
-        progress_figure(shown),
+        progress_figure(shown, view.plan.loss_unit),
         label=(
             f"Loss of {total} measurements against search tokens spent; the best falls to "
-            f"{number(_lowest(shown))} nats per token"
+            f"{number(_lowest(shown))} {view.plan.loss_unit_text}"
         ),
         caption=(
             f"{total:,} measurements on the search text, {num_failed:,} of them failed. The "
@@ -179,7 +179,7 @@ def _losses_table(plan: Plan) -> Table:
             shown = "" if perplexity is None else number(perplexity)
             rows.append((name, _loss_text(found[0]), shown, *map(_loss_text, found[1:])))
     heads = ("Plan", "Held-out", "Perplexity", "Guard", "Search text")
-    return Table("Measured losses, nats per token", heads, rows)
+    return Table(f"Measured losses, {plan.loss_unit_text}", heads, rows)
 
 
 def _loss_text(measured: Measured | None) -> str:
@@ -204,7 +204,7 @@ def _differences_table(plan: Plan) -> Table:
                 number(returned.nats / baseline.nats, 3) if baseline.nats > 0 else "",
             )
         )
-    heads = ("Difference", "Nats per token", "In standard errors", "Ratio")
+    heads = ("Difference", plan.loss_unit_text.capitalize(), "In standard errors", "Ratio")
     return Table("Paired differences on held-out text", heads, rows)
 
 
@@ -227,7 +227,7 @@ def _measurements_table(view: RunView, shown: Sequence[Measurement]) -> Table:
         "Number",
         "Origin",
         "Tokens spent",
-        "Measured nats",
+        f"Measured {view.plan.loss_unit}",
         f"Predicted, {view.predicted_unit}",
         "Best so far",
     )
@@ -246,7 +246,9 @@ def _agreement(view: RunView) -> str:
             "assignments measured: 1 would mean that the additive model ranks them as measured."
         )
     where = (
-        "" if view.predicted_unit != "nats" else " On the dotted line predicted equals measured."
+        ""
+        if view.predicted_unit != view.plan.loss_unit
+        else " On the dotted line predicted equals measured."
     )
     return f"{rank}{where}"
 

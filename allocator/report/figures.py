@@ -69,7 +69,7 @@ _SETTINGS = {
 }
 
 
-def heldout_figure(compared: Sequence[Method]) -> str:
+def heldout_figure(compared: Sequence[Method], unit: str) -> str:
     """Held-out loss of each method with one standard error either side."""
 
     def draw(figure: Figure) -> None:
@@ -89,7 +89,7 @@ def heldout_figure(compared: Sequence[Method]) -> str:
         axes.margins(x=0.25)
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel("held-out loss, nats per token")
+        axes.set_xlabel(f"held-out loss, {unit}")
         axes.xaxis.set_major_locator(_few_ticks())
 
     return _svg("heldout", draw, 0.9 + 0.62 * len(compared))
@@ -102,7 +102,7 @@ def frontier_figure(
 
     Where the scorer's unit is not nats the two share the axis of bytes only.
     """
-    in_nats = view.predicted_unit == "nats"
+    in_nats = view.predicted_unit == view.plan.loss_unit
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1 if in_nats else 2, 1, sharex=True, squeeze=False)[:, 0]
@@ -125,10 +125,10 @@ def frontier_figure(
             axes.axvline(view.plan.searched_budget_bytes / 1e6, color=_MUTED, linestyle=":")
         _scale(predicted, "y", values)
         if in_nats:
-            predicted.set_ylabel("nats per token")
+            predicted.set_ylabel(view.plan.loss_unit_text)
         else:
             predicted.set_ylabel("predicted")
-            measured.set_ylabel("nats per token")
+            measured.set_ylabel(view.plan.loss_unit_text)
             measured.margins(y=0.3)
         measured.set_xlabel("payload of the searched units, MB")
         measured.xaxis.set_major_locator(_few_ticks())
@@ -138,7 +138,7 @@ def frontier_figure(
     return _svg("frontier", draw, 4.4 if in_nats else 5.6)
 
 
-def progress_figure(shown: Sequence[Measurement]) -> str:
+def progress_figure(shown: Sequence[Measurement], unit: str) -> str:
     """Every measurement, the best so far, and the failed ones along the top."""
 
     def draw(figure: Figure) -> None:
@@ -186,7 +186,7 @@ def progress_figure(shown: Sequence[Measurement]) -> str:
                 label="failed",
             )
         axes.set_xlabel("search tokens spent, thousands")
-        axes.set_ylabel("loss on search text, nats")
+        axes.set_ylabel(f"loss on search text, {unit}")
         axes.xaxis.set_major_locator(_few_ticks())
         figure.legend(loc="outside upper left", ncols=3)
 
@@ -220,12 +220,12 @@ def agreement_figure(view: RunView, shown: Sequence[Measurement]) -> str:
         measured = [_loss(m) for m in good]
         _scale(axes, "x", predicted)
         _scale(axes, "y", measured)
-        if view.predicted_unit == "nats" and good:
+        if view.predicted_unit == view.plan.loss_unit and good:
             low, high = max(min(predicted), min(measured)), min(max(predicted), max(measured))
             if low < high:
                 axes.plot([low, high], [low, high], color=_MUTED, linestyle=":", label="equal")
         axes.set_xlabel(f"predicted by the additive model, {view.predicted_unit}")
-        axes.set_ylabel("measured, nats per token")
+        axes.set_ylabel(f"measured, {view.plan.loss_unit_text}")
         figure.legend(loc="outside upper left", ncols=4)
 
     return _svg("agreement", draw, 4.4)

@@ -27,6 +27,7 @@ def gather_view(
     """Everything the report of one run needs."""
     measurements, correlation = _measurements(outcome, config.search.scorer)
     num_elements = sum(unit.num_elements for unit in space.units)
+    unit = outcome.tables[plan.scorer].unit
     return RunView(
         name=name,
         plan=plan,
@@ -39,7 +40,7 @@ def gather_view(
         rank_correlation=correlation,
         settings=_settings(config, plan),
         notes=_notes(outcome),
-        predicted_unit=outcome.tables[plan.scorer].unit,
+        predicted_unit=plan.loss_unit if unit == "nats" else unit,
         method_bytes={name: space.bytes(a) for name, a in outcome.candidates.items()},
     )
 
@@ -111,12 +112,12 @@ def _settings(config: RunConfig, plan: Plan) -> dict[str, str]:
         "Space": f"{plan.space}, ties: {plan.ties}",
         "Pins": ", ".join(f"{glob}={label}" for glob, label in config.space.pins) or "none",
         "Excluded": ", ".join(config.space.exclude) or "none",
-        "Text": data.text,
+        "Text": _texts(config),
         "Sequences": (
             f"{data.statistics} statistics, {data.search} search, {data.guard} guard, "
             f"{data.heldout} held-out, of {data.sequence_length} tokens"
         ),
-        "Objective": f"{measure.objective}, top-{measure.top_k}" if measure.top_k else "kl, full",
+        "Objective": _objective(config),
         "Precision": f"{measure.dtype} on {measure.device}, {measure.threads} threads",
         "Search": f"{search.name}, seed {search.seed}, window {search.window}, "
         f"{search.batch} sequences per evaluation",
@@ -124,6 +125,21 @@ def _settings(config: RunConfig, plan: Plan) -> dict[str, str]:
         "Limits": "; ".join(limits) or "none",
         "Executor": f"{config.execution.executor}, {config.execution.workers} worker(s)",
     }
+
+
+def _texts(config: RunConfig) -> str:
+    data = config.data
+    if not data.also:
+        return data.text
+    pairs = zip(data.texts, data.weights, strict=True)
+    return "; ".join(f"{text} (weight {weight:g})" for text, weight in pairs)
+
+
+def _objective(config: RunConfig) -> str:
+    measure = config.measure
+    if measure.objective != "kl":
+        return measure.objective
+    return f"kl, top-{measure.top_k}" if measure.top_k else "kl, full"
 
 
 def _notes(outcome: Outcome) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import os
 from importlib import resources
 from pathlib import Path
 
+from allocator.plan import Plan, TextRecord
 from allocator.report.evidence import (
     bound_section,
     frontier_section,
@@ -115,12 +116,15 @@ def _key_figures(view: RunView) -> Markup:
         _card("Slack", size(plan.slack_bytes), *slack),
         _card("Bits per weight", number(plan.bits_per_weight), *bits),
     )
-    return join(_cards(*cards), _cards(*map(_heldout_card, methods(plan))))
+    return join(
+        _cards(*cards),
+        _cards(*(_heldout_card(method, plan.loss_unit_text) for method in methods(plan))),
+    )
 
 
-def _heldout_card(method: Method) -> Markup:
+def _heldout_card(method: Method, unit: str) -> Markup:
     measured = method.measured
-    remarks = ["nats per token"]
+    remarks = [unit]
     if measured.perplexity is not None:
         remarks.append(f"perplexity {number(measured.perplexity)}")
     name = METHOD_NAMES[method.key] + (", returned" if method.is_returned else "")
@@ -160,20 +164,38 @@ def _provenance(view: RunView) -> Markup:
     ]
     right = [facts("The model", rows)]
     if plan.calibration is not None:
-        splits = [
-            (name, f"{split.num_sequences:,} x {split.sequence_length:,}", _code(split.sha256))
-            for name, split in plan.calibration.splits.items()
+        right += [
+            render_table(_text(text, alone=not plan.calibration.also))
+            for text in plan.calibration.texts
         ]
-        caption = f"Calibration text: {plan.calibration.source}"
-        heads = ("Split", "Sequences x tokens", "SHA-256 of the tokens")
-        right.append(render_table(Table(caption, heads, splits, num_texts=3)))
     if plan.tokens:
-        spent = [(kind, f"{count:,}") for kind, count in plan.tokens.items()]
-        spent.append(("all", f"{sum(plan.tokens.values()):,}"))
-        left.append(render_table(Table("Tokens spent", ("For", "Tokens"), spent)))
+        left.append(render_table(_spent(plan)))
     if plan.versions:
         right.append(facts("Versions", list(plan.versions.items())))
     return section("How it was made", columns(join(*left), join(*right)))
+
+
+def _text(text: TextRecord, *, alone: bool) -> Table:
+    """The splits of one calibration text, and how much it counts beside others."""
+    splits = [
+        (name, f"{split.num_sequences:,} x {split.sequence_length:,}", _code(split.sha256))
+        for name, split in text.splits.items()
+    ]
+    caption = f"Calibration text: {text.source}" + ("" if alone else f", weight {text.weight:g}")
+    heads = ("Split", "Sequences x tokens", "SHA-256 of the tokens")
+    return Table(caption, heads, splits, num_texts=3)
+
+
+def _spent(plan: Plan) -> Table:
+    """Tokens by kind, and through how many blocks each went: fewer where a pass was shared."""
+    blocks = plan.block_tokens
+    totals = [*plan.tokens.items(), ("all", sum(plan.tokens.values()))]
+    through = {**blocks, "all": sum(blocks.values())}
+    rows = [
+        (kind, f"{count:,}", f"{through.get(kind, 0) / count:.1f}" if blocks and count else "-")
+        for kind, count in totals
+    ]
+    return Table("Tokens spent", ("For", "Tokens", "Blocks per token"), rows)
 
 
 def _notes(view: RunView) -> Markup:

@@ -51,8 +51,8 @@ class RunView:
             evaluations; ``None`` with fewer than three.
         settings: What the run was asked to do, as label -> text, in display order.
         notes: Warnings and facts worth a reader's attention, one sentence each.
-        predicted_unit: Unit of every predicted loss: ``nats`` (per token), or the scorer's own,
-            which only ranks.
+        predicted_unit: Unit of every predicted loss: that of the plan's measured losses, or the
+            scorer's own, which only ranks.
         method_bytes: For ``uniform``, ``dp`` and ``search``, each if it exists, the payload of the
             searched units; what is missing is not drawn on the frontier.
     """

@@ -65,7 +65,7 @@ def verdict(view: RunView) -> str:
     returned = plan.heldout_nats.get("returned")
     if returned is None:
         return f"{opening}; nothing was measured on held-out text, so nothing is claimed about it."
-    loses = f"loses {with_error(returned.nats, returned.standard_error_nats)} nats per token"
+    loses = f"loses {with_error(returned.nats, returned.standard_error_nats)} {plan.loss_unit_text}"
     if plan.returned == "uniform":
         return (
             f"{opening}, since nothing else did better on the guard's text; "

@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from allocator.searches.base import Search, SearchSetting
+from allocator.searches.cma import CMA
 from allocator.searches.evolution import Evolution
+from allocator.searches.formula import FormulaSearch
+from allocator.searches.gp import GP
 from allocator.searches.model_guided import ModelGuided
+from allocator.searches.nsga import NSGA2, NSGA3
+from allocator.searches.optspa import Optspa
+from allocator.searches.portfolio import Portfolio
 from allocator.searches.random_search import RandomSearch
+from allocator.searches.surrogate_nsga2 import SurrogateNSGA2
 from allocator.searches.tpe import TPE
 from search_spaces.registry import Registry
 
@@ -17,10 +24,35 @@ SearchFactory = Callable[[SearchSetting], Search]
 SEARCHES: Registry[SearchFactory] = Registry(
     "search",
     {
+        "cma": CMA,
         "evolution": Evolution,
+        "formula": FormulaSearch,
+        "gp": GP,
         "model_guided": ModelGuided,
+        "nsga2": NSGA2,
+        "nsga3": NSGA3,
+        "optspa": Optspa,
         "random": RandomSearch,
+        "surrogate_nsga2": SurrogateNSGA2,
         "tpe": TPE,
     },
     entry_point_group="model_allocator.searches",
 )
+
+
+def make_search(name: str, setting: SearchSetting) -> Search:
+    """The search of a name, or a portfolio of several: ``model_guided,evolution``.
+
+    Args:
+        name: One name of ``SEARCHES``, or several with commas between them.
+        setting: What to search.
+
+    Raises:
+        ValueError: An unknown name, one that is given twice, or a setting that a search refuses.
+    """
+    names = [part.strip() for part in name.split(",")]
+    if len(names) == 1:
+        return SEARCHES[names[0]](setting)
+    if len(set(names)) != len(names):
+        raise ValueError(f"a portfolio of different searches was expected, got {name!r}")
+    return Portfolio([SEARCHES[part](setting) for part in names], setting.num_sequences)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from allocator.problem import Problem
 from objectives.evaluation import Evaluation, Fidelity
@@ -32,6 +35,10 @@ class SearchSetting:
         num_sequences: Sequences in the search split.
         batch_sequences: Sequences one evaluation should use; at most ``num_sequences``.
         seed: Of the search's own generator.
+        importances: For each unit a sorted sample of its weights' importance, the same number for
+            all; empty when the run has none.
+        removed: For each unit the ratio that each option removes, what searches over ratios speak
+            of; empty for the share of the bytes of the unit's largest option.
     """
 
     problem: Problem
@@ -41,6 +48,8 @@ class SearchSetting:
     num_sequences: int
     batch_sequences: int
     seed: int
+    importances: tuple[NDArray[np.float64], ...] = ()
+    removed: tuple[NDArray[np.float64], ...] = ()
 
     def fidelity(self, index: int) -> Fidelity:
         """The ``index``-th window of the search split; windows tile it, then start over."""
@@ -69,4 +78,27 @@ class Search(Protocol):
     @property
     def best(self) -> Assignment | None:
         """What the search would return now; ``None`` before anything succeeded."""
+        ...
+
+
+class FrontPoint(NamedTuple):
+    """One point of a front of loss against bytes.
+
+    Attributes:
+        assignment: Option index of each unit.
+        bytes: Its exact bytes.
+        loss_nats: Its loss, with the difficulty of its sequences removed.
+    """
+
+    assignment: Assignment
+    bytes: int
+    loss_nats: float
+
+
+@runtime_checkable
+class Noting(Protocol):
+    """A search that has more to say at its end than its best; no search has to."""
+
+    def notes(self) -> dict[str, float]:
+        """Finite numbers worth keeping with the run, such as a hypervolume."""
         ...

@@ -13,6 +13,7 @@ With every assignment on every sequence this is the plain mean.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +49,15 @@ class Ledger:
     def __len__(self) -> int:
         """Number of assignments with a finite loss."""
         return len(self._values)
+
+    def __iter__(self) -> Iterator[Assignment]:
+        """The assignments with a finite loss, in the order of first telling."""
+        return iter(self._values)
+
+    @property
+    def assignments(self) -> list[Assignment]:
+        """Those with a finite loss, in the order of first telling."""
+        return list(self._values)
 
     def add(self, evaluation: Evaluation) -> None:
         """Take in one evaluation; failed ones leave no trace."""

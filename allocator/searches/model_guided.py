@@ -125,6 +125,10 @@ class ModelGuided:
         ok = [evaluation for evaluation in self._waiting if evaluation.ok]
         return min(ok, key=lambda e: e.loss_nats).assignment if ok else None
 
+    def table(self) -> tuple[NDArray[np.float64], ...] | None:
+        """The corrected losses of every option, nats; ``None`` before the reference is measured."""
+        return None if self._surrogate is None else tuple(self._surrogate.table())
+
     def _opening(self) -> list[Proposal]:
         """The first start on all windows, which is what others are compared with; then the rest."""
         first, *others = self._setting.starts

@@ -17,8 +17,9 @@ import numpy as np
 
 from allocator.searches.base import Proposal, SearchSetting
 from allocator.searches.ledger import Ledger
+from allocator.searches.paired import PairedWindows
 from allocator.searches.repair import check_setting, fill_budget
-from objectives.evaluation import Evaluation, Fidelity
+from objectives.evaluation import Evaluation
 from search_spaces.space import Assignment
 
 _MOST_DRAWS = 100
@@ -38,15 +39,12 @@ class RandomSearch:
         self._setting = setting
         self._rng = np.random.default_rng(setting.seed)
         self._ledger = Ledger(setting.num_sequences)
-        self._starts = list(dict.fromkeys(setting.starts))
-        self._windows: set[Fidelity] = set()
-        self._asked: set[Assignment] = set()
-        self._num_drawn = 0
+        self._paired = PairedWindows(setting)
 
     def ask(self, count: int, pending: Collection[Assignment]) -> list[Proposal]:
         """``count`` proposals; fewer when hardly any assignment is left to draw."""
         proposals: list[Proposal] = []
-        while len(proposals) < count and (proposal := self._propose()) is not None:
+        while len(proposals) < count and (proposal := self._paired.propose(self._draw)) is not None:
             proposals.append(proposal)
         return proposals
 
@@ -60,22 +58,11 @@ class RandomSearch:
         """The least loss after removing the windows' difficulty."""
         return self._ledger.best()
 
-    def _propose(self) -> Proposal | None:
-        window = self._setting.fidelity(self._num_drawn)
-        if self._starts:
-            self._windows.add(window)
-            start = self._starts.pop(0)
-            self._asked.add(start)
-            return Proposal(start, window)
-        if window not in self._windows:
-            self._windows.add(window)
-            return Proposal(self._setting.starts[0], window)
+    def _draw(self) -> Assignment | None:
         problem = self._setting.problem
         cheapest = (0,) * len(problem.bytes)
         for _ in range(_MOST_DRAWS):
             drawn = fill_budget(problem, cheapest, self._rng)
-            if drawn not in self._asked:
-                self._asked.add(drawn)
-                self._num_drawn += 1
-                return Proposal(drawn, window)
+            if drawn not in self._paired.asked:
+                return drawn
         return None

@@ -9,6 +9,7 @@ point decodes to an assignment within the budget, and zero decodes to the DP pla
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +17,34 @@ from numpy.typing import NDArray
 
 from allocator.problem import Losses
 from allocator.searches.base import SearchSetting
+from allocator.searches.repair import check_setting
+from allocator.searches.sampled import Axis
 from allocator.solvers.dynamic import Oracle
 from search_spaces.space import Assignment
+
+
+@dataclass(frozen=True)
+class ReducedOptions:
+    """How the reduced space is cut, for every search on it.
+
+    Attributes:
+        num_bands: Depth bands, each with one multiplier.
+        log_range: Multipliers lie within ``exp(-log_range)`` and ``exp(log_range)``.
+        remeasure_every: Every so many asks the best so far is measured on further sequences;
+            0 never does.
+    """
+
+    num_bands: int = 4
+    log_range: float = 1.5
+    remeasure_every: int = 4
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.log_range) and self.log_range > 0):
+            raise ValueError(f"expected a positive log range, got {self.log_range}")
+        if self.num_bands < 1:
+            raise ValueError(f"expected at least one depth band, got {self.num_bands}")
+        if self.remeasure_every < 0:
+            raise ValueError("the remeasuring interval must not be negative")
 
 
 @dataclass(frozen=True)
@@ -31,6 +58,8 @@ class ReducedSpace:
         factors: Names of the factors, ``kind NAME`` and ``band INDEX``; empty when there is
             nothing to tell apart.
         members: (num_units, num_factors) 1 where a factor applies to a unit, else 0.
+        log_range: Most that a log multiplier is off 0.
+        least_bytes: Bytes of the cheapest assignment.
     """
 
     oracle: Oracle
@@ -38,15 +67,20 @@ class ReducedSpace:
     budget_bytes: int
     factors: tuple[str, ...]
     members: NDArray[np.float64]
+    log_range: float
+    least_bytes: int
 
     @classmethod
-    def from_setting(cls, setting: SearchSetting, num_bands: int) -> ReducedSpace:
-        """Factors for the kinds and ``num_bands`` depth bands of the units that have a choice.
+    def from_setting(cls, setting: SearchSetting, options: ReducedOptions) -> ReducedSpace:
+        """Factors for the kinds and depth bands of the units that have a choice.
 
         Bands hold equally many depths. Units outside the blocks (depth -1) are in none.
+
+        Raises:
+            ValueError: A setting that no search can work on.
         """
-        if num_bands < 1:
-            raise ValueError(f"expected at least one depth band, got {num_bands}")
+        check_setting(setting)
+        num_bands = options.num_bands
         free = [unit for unit, cost in enumerate(setting.problem.bytes) if len(cost) > 1]
         depths = sorted({setting.depths[unit] for unit in free if setting.depths[unit] >= 0})
         band = {depth: i * num_bands // len(depths) for i, depth in enumerate(depths)}
@@ -62,16 +96,37 @@ class ReducedSpace:
             members[groups[name], column] = 1.0
         problem = setting.problem
         oracle = Oracle(problem.bytes)
-        return cls(oracle, problem.losses, problem.budget_bytes, factors, members)
+        return cls(
+            oracle=oracle,
+            losses=problem.losses,
+            budget_bytes=problem.budget_bytes,
+            factors=factors,
+            members=members,
+            log_range=options.log_range,
+            least_bytes=problem.least_bytes,
+        )
 
-    def decode(self, log_multipliers: NDArray[np.float64]) -> Assignment:
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """One per factor."""
+        return tuple(Axis(name, -self.log_range, self.log_range) for name in self.factors)
+
+    @property
+    def seeds(self) -> tuple[tuple[float, ...], ...]:
+        """The DP plan."""
+        return ((0.0,) * len(self.factors),)
+
+    def decode(self, point: NDArray[np.float64], budget_bytes: int | None = None) -> Assignment:
         """The DP plan of the multiplied table.
 
         Args:
-            log_multipliers: (num_factors,) natural logarithms, in the order of ``factors``.
+            point: (num_factors,) natural logarithms of the multipliers, in the order of
+                ``factors``.
+            budget_bytes: Another budget than the setting's; the cheapest assignment must fit.
         """
-        weights = np.exp(self.members @ log_multipliers)
+        weights = np.exp(self.members @ point)
         losses = [loss * weight for loss, weight in zip(self.losses, weights, strict=True)]
-        solution = self.oracle.solve(losses, self.budget_bytes)
+        budget = self.budget_bytes if budget_bytes is None else budget_bytes
+        solution = self.oracle.solve(losses, budget)
         assert solution.choice, "the setting's starts fit the budget, so the problem is feasible"
         return solution.choice

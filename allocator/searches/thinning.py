@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from allocator.problem import Problem
-from allocator.searches.base import Proposal, Search, SearchSetting
+from allocator.searches.base import Noting, Proposal, Search, SearchSetting
 from objectives.evaluation import Evaluation
-from objectives.sensitivity import LossTable
 from search_spaces.space import Assignment
+
+if TYPE_CHECKING:
+    from objectives.sensitivity import LossTable  # loads torch
 
 Kept = tuple[tuple[int, ...], ...]
 """For each unit the options that are left, in the menu's order."""
@@ -52,15 +54,23 @@ def undominated(
 
 def thinned_setting(setting: SearchSetting, kept: Kept) -> SearchSetting:
     """The setting of a search that knows only the options that are left."""
-    full = setting.problem
+    return replace(
+        setting,
+        problem=thinned_problem(setting.problem, kept),
+        starts=tuple(narrow(start, kept) for start in setting.starts),
+        removed=tuple(
+            row[np.array(options)] for row, options in zip(setting.removed, kept, strict=False)
+        ),
+    )
+
+
+def thinned_problem(full: Problem, kept: Kept) -> Problem:
+    """The same budget and the options that are left."""
     pairs = [np.array(options) for options in kept]
-    problem = Problem(
+    return Problem(
         tuple(sizes[chosen] for sizes, chosen in zip(full.bytes, pairs, strict=True)),
         tuple(losses[chosen] for losses, chosen in zip(full.losses, pairs, strict=True)),
         full.budget_bytes,
-    )
-    return replace(
-        setting, problem=problem, starts=tuple(_narrow(start, kept) for start in setting.starts)
     )
 
 
@@ -75,27 +85,38 @@ class Thinned:
 
     def ask(self, count: int, pending: Collection[Assignment]) -> list[Proposal]:
         """The inner search's proposals, in options of the full menus."""
-        narrow = {_narrow(assignment, self._kept) for assignment in pending}
+        pending_kept = {narrow(assignment, self._kept) for assignment in pending}
         return [
-            Proposal(self._widen(proposal.assignment), proposal.fidelity)
-            for proposal in self._search.ask(count, narrow)
+            Proposal(widen(proposal.assignment, self._kept), proposal.fidelity)
+            for proposal in self._search.ask(count, pending_kept)
         ]
 
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
-        """Hand results on in the inner search's options."""
+        """Hand results on in the inner search's options; it has no words for the others."""
         self._search.tell(
-            [replace(e, assignment=_narrow(e.assignment, self._kept)) for e in evaluations]
+            [
+                replace(e, assignment=narrow(e.assignment, self._kept))
+                for e in evaluations
+                if all(i in options for i, options in zip(e.assignment, self._kept, strict=True))
+            ]
         )
 
     @property
     def best(self) -> Assignment | None:
         """The inner search's best, in options of the full menus."""
         best = self._search.best
-        return None if best is None else self._widen(best)
+        return None if best is None else widen(best, self._kept)
 
-    def _widen(self, assignment: Assignment) -> Assignment:
-        return tuple(options[i] for options, i in zip(self._kept, assignment, strict=True))
+    def notes(self) -> dict[str, float]:
+        """The inner search's, if it makes any."""
+        return self._search.notes() if isinstance(self._search, Noting) else {}
 
 
-def _narrow(assignment: Assignment, kept: Kept) -> Assignment:
+def narrow(assignment: Assignment, kept: Kept) -> Assignment:
+    """An assignment of kept options, counted among them."""
     return tuple(options.index(i) for options, i in zip(kept, assignment, strict=True))
+
+
+def widen(assignment: Assignment, kept: Kept) -> Assignment:
+    """The inverse of :func:`narrow`."""
+    return tuple(options[i] for options, i in zip(kept, assignment, strict=True))

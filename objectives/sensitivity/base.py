@@ -16,7 +16,7 @@ from objectives.kv_cache import CacheLoss
 from objectives.task import Task, TokenMeter
 from search_spaces.operators import Statistics
 from search_spaces.operators.members import logical
-from search_spaces.space import Member, SearchSpace
+from search_spaces.space import Assignment, Member, SearchSpace
 
 Cell = tuple[int, int]
 """Unit index, option index."""
@@ -38,6 +38,8 @@ class ScoringContext:
         meter: Where tokens are counted, by kind; a backward pass counts as two forwards.
         evaluator: Measures assignments, sharing what their forward passes have in common.
         caches: Measures one option of one cache alone; needed where caches are searched.
+        incumbent: An assignment that is nearly right, such as uniform at the budget, for scorers
+            that measure around one; ``None`` where nothing is known of a budget.
         seed: Of a scorer's random numbers.
         num_sequences: Most sequences of the statistics split that a scorer with passes of its own
             should read; ``None`` for all.
@@ -51,6 +53,7 @@ class ScoringContext:
     meter: TokenMeter
     evaluator: Evaluator
     caches: Callable[[int, int], CacheLoss] | None = None
+    incumbent: Assignment | None = None
     seed: int = 0
     num_sequences: int | None = None
 

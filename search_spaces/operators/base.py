@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 from search_spaces.storage import StoredTensor, payload_bytes
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from search_spaces.space import Member
@@ -35,6 +36,15 @@ class Statistics:
     second_moment: Tensor | None = None
     hessian: Tensor | None = None
     fisher: Tensor | None = None
+
+    def to(self, device: torch.device) -> Statistics:
+        """The same statistics on a device."""
+        return Statistics(
+            *(
+                None if value is None else value.to(device)
+                for value in (self.second_moment, self.hessian, self.fisher)
+            )
+        )
 
 
 def required(stats: Statistics, kind: str, operator: str) -> Tensor:

@@ -129,8 +129,8 @@ def test_returned_plan_is_the_best_on_the_guard_and_bounds_hold(model):
     assert plan.search.num_evaluations == TRIALS
     assert plan.lower_bound_nats == pytest.approx(outcome.solution.loss)
     assert set(outcome.tables) == {"blend", "fisher", "reconstruction", "relative_error"}
-    assert outcome.tokens["statistics_backward"] == 2 * outcome.tokens["statistics"]
-    assert outcome.tokens["search"] == 4 * len({e.key for e in outcome.history.evaluations})
+    assert outcome.spent.tokens["statistics_backward"] == 2 * outcome.spent.tokens["statistics"]
+    assert outcome.spent.tokens["search"] == 4 * len({e.key for e in outcome.history.evaluations})
 
 
 def test_equal_seeds_give_equal_plans(model):

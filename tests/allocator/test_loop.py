@@ -66,8 +66,14 @@ class LateExecutor(InProcess):
 
     def next(self):
         self.longest = max(self.longest, len(self._queue))
-        self._queue.rotate(int(self._order.integers(len(self._queue))))
-        return super().next()
+        chosen = int(self._order.integers(len(self._queue)))
+        self._queue.insert(0, self._queue.pop(chosen))  # what is measured next lies in front
+        first, *others = self._queue
+        self._queue[:] = [first]
+        try:
+            return super().next()
+        finally:
+            self._queue[:] = others
 
 
 class Recording(ToySearch):

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allocator.ratio_plans import nearest_assignment
+from allocator.problem import Problem
+from allocator.ratio_plans import cut_assignment, nearest_assignment
 
 SPARSITIES = np.array([0.9, 0.7, 0.5, 0.3, 0.0])
 BYTES = np.array([100, 300, 500, 700, 1000])
@@ -49,3 +50,15 @@ def test_what_cannot_be_met_says_so():
         solve([0.5, 0.5], 150)
     with pytest.raises(ValueError, match="expected 2 finite ratios"):
         solve([0.5, float("nan")], 1500)
+
+
+def test_a_cut_takes_the_smallest_option_under_it():
+    sizes = (np.array([1, 2, 4]),) * 3
+    losses = (np.array([9.0, 5.0, 0.0]), np.array([4.0, 2.0, 0.0]), np.array([30.0, 6.0, 0.0]))
+    assert cut_assignment(Problem(sizes, losses, 12)) == (2, 2, 2)
+    assert cut_assignment(Problem(sizes, losses, 9)) == (2, 0, 2)  # the cut is 4
+    assert cut_assignment(Problem(sizes, losses, 7)) == (1, 0, 2)  # 5
+    assert cut_assignment(Problem(sizes, losses, 5)) == (1, 0, 1)  # 6
+    assert cut_assignment(Problem(sizes, losses, 3)) == (0, 0, 0)
+    with pytest.raises(ValueError, match="no assignment fits 2 bytes"):
+        cut_assignment(Problem(sizes, losses, 2))

@@ -21,6 +21,7 @@ from cli_runs import (
     succeed,
 )
 
+from allocator.config import SearchConfig
 from allocator.executors import EXECUTORS
 from allocator.exporters import EXPORTERS
 from allocator.journal import read_journal
@@ -55,6 +56,7 @@ FILES = {
     "report.html",
     "cache",
 }
+SCORED = SearchConfig().scorers
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def plan(run):
 def test_run_folder_holds_what_its_readme_says(run):
     assert {path.name for path in run.iterdir()} == FILES
     space = load_space(run / "space.json")
-    assert set(load_losses(run / "losses.npz", space)) == set(SCORERS)
+    assert set(load_losses(run / "losses.npz", space)) == {*SCORED, "refit"}
     assert Calibration.load(run / "calibration.safetensors").splits["search"].shape == (8, 128)
     assert len(list((run / "cache").iterdir())) == 3
 
@@ -91,7 +93,7 @@ def test_plan_keeps_the_budget_and_returns_the_guards_choice(plan):
 
 
 def test_plan_reports_held_out_losses_with_their_errors(plan):
-    for name in ("uniform", "dp", "returned", *(f"dp:{scorer}" for scorer in SCORERS)):
+    for name in ("uniform", "dp", "returned", *(f"dp:{scorer}" for scorer in SCORED)):
         entry = plan.heldout_nats[name]
         assert entry.nats > 0
         assert entry.standard_error_nats > 0
@@ -185,7 +187,7 @@ def test_a_second_budget_reuses_the_loss_tables(run):
     second = search(run.parent, "second", budget="3bpw")
     kinds = {record["type"] for record in records(second)}
     assert kinds == {"table", "tokens", "evaluation", "searched"}
-    assert {record["scorer"] for record in records(second, "table")} == set(SCORERS)
+    assert {record["scorer"] for record in records(second, "table")} == {*SCORED, "refit"}
     spent = load_plan(second / "plan.json").tokens
     assert spent.keys() == {"teacher", "search", "guard", "heldout"}
     space = load_space(run / "space.json")

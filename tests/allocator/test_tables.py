@@ -7,7 +7,7 @@ from plan_factory import tiny_llama
 
 from allocator.bench import Bench
 from allocator.reporter import Silent
-from allocator.tables import TableStore, build_tables
+from allocator.tables import TableStore, Wanted, build_tables
 from objectives.calibration import Calibration
 from objectives.language_task import LanguageTask
 from objectives.sensitivity import SCORERS
@@ -15,7 +15,7 @@ from search_spaces.build import SpaceRequest, build_space
 from search_spaces.space import SearchSpace
 
 NAMES = ("fisher", "relative_error")
-ALL_NAMES = tuple(SCORERS)
+ALL_NAMES = ("blend", "fisher", "reconstruction", "relative_error")
 
 
 class Records:
@@ -71,8 +71,7 @@ def bench():
 def tables(bench_of, space, names=NAMES, records=None, store=None, reporter=None):
     return build_tables(
         bench_of,
-        space,
-        names,
+        Wanted(space, names),
         records=Records() if records is None else records,
         store=store,
         reporter=reporter or Silent(),

@@ -26,6 +26,7 @@ def context_of(model, space, task, *, needs=KINDS, num_sequences=None, seed=0):
         meter=meter,
         evaluator=Evaluator(model, task, bank, meter),
         caches=CacheLosses(model, task, space, bank=bank, meter=meter),
+        incumbent=tuple(len(menu) - 1 for menu in space.menus),
         seed=seed,
         num_sequences=num_sequences,
     )

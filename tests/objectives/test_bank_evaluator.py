@@ -208,7 +208,8 @@ def test_evaluation_holds_rounded_losses_in_the_order_of_the_fidelity():
     values = whole.sequence_nats + whole.sequence_cross_entropy_nats
     assert all(value == round_significant(value) for value in values)
     assert (whole.num_tokens, part.num_tokens) == (4 * 12, 2 * 12)
-    assert meter.as_dict() == {"search": 6 * 12, "teacher": 4 * 12}
+    check = int(2.5 * 4 * 12)  # once, whether forward passes may be shared
+    assert meter.as_dict() == {"check": check, "search": 6 * 12, "teacher": 4 * 12}
 
 
 def test_split_first_used_while_swapped_is_compared_with_the_dense_model():

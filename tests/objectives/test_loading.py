@@ -1,5 +1,6 @@
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,30 @@ def test_module_hash_counts_tied_parameters_once():
 def test_bad_devices(device):
     with pytest.raises(ValueError, match=f"device '{device}'|got '{device}'"):
         resolve_device(device)
+
+
+def test_a_device_map_and_a_device_contradict_each_other():
+    with pytest.raises(ValueError, match="a device map or the device 'cpu', not both"):
+        load(TINY, device_map="auto")
+
+
+@pytest.mark.skipif(find_spec("accelerate") is not None, reason="accelerate is installed")
+def test_a_device_map_without_accelerate_says_what_to_install():
+    with pytest.raises(ValueError, match=r"needs accelerate: pip install .*\[device-map\]"):
+        load(TINY, device="auto", device_map="auto")
+
+
+@pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed")
+def test_a_device_map_gives_the_same_model():
+    parts = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
+    tokens, whole = torch.arange(9)[None], load(TINY)
+    for device_map in ("cpu", dict.fromkeys(parts, "cpu")):
+        spread = load(TINY, device="auto", device_map=device_map)
+        assert spread.weights_sha256 == whole.weights_sha256
+        logits = spread.model(input_ids=tokens).logits
+        assert torch.equal(logits, whole.model(input_ids=tokens).logits)
+    with pytest.raises(ValueError, match="leaves weights on disk; stream the model"):
+        load(TINY, device="auto", device_map=dict.fromkeys(parts, "cpu") | {"model.layers": "disk"})
 
 
 def test_auto_device_and_dtype():

@@ -25,7 +25,13 @@ BITS = (2, 3, 4, 5, 6, 8)
 MENU = (*(RoundToNearest(bits, 32) for bits in BITS), Keep())
 CLOSED_FORMS = ("blend", "fisher", "reconstruction", "relative_error")
 # Estimates of a size: one that is linear in the error may fall below zero or out of order.
-SIGNED: tuple[str, ...] = ()
+SIGNED: tuple[str, ...] = (
+    "hessian_trace",
+    "kl_gradient",
+    "marginal_perplexity",
+    "one_at_a_time",
+    "one_at_a_time_incumbent",
+)
 
 every_scorer = pytest.mark.parametrize("name", list(SCORERS))
 closed_forms = pytest.mark.parametrize("name", CLOSED_FORMS)

@@ -8,7 +8,7 @@ import numpy as np
 import optuna
 import pytest
 
-from allocator.searches.reduced import ReducedSpace
+from allocator.searches.reduced import ReducedOptions, ReducedSpace
 from allocator.searches.tpe import TPE, TPEOptions
 
 from .zoo import drive, get_animal
@@ -16,7 +16,7 @@ from .zoo import drive, get_animal
 
 def test_factors_are_kinds_and_bands_of_free_units():
     setting = get_animal("ragged").setting
-    space = ReducedSpace.from_setting(setting, 4)
+    space = ReducedSpace.from_setting(setting, ReducedOptions(num_bands=4))
     kinds = [f"kind {kind}" for kind in sorted(set(setting.kinds))]
     assert space.factors == ("band 0", "band 1", "band 2", "band 3", *kinds)
     pinned = next(u for u, cost in enumerate(setting.problem.bytes) if len(cost) == 1)
@@ -30,13 +30,16 @@ def test_factors_are_kinds_and_bands_of_free_units():
 def test_one_kind_or_one_band_is_no_factor():
     setting = get_animal("plain").setting
     setting = replace(setting, kinds=("all",) * len(setting.kinds))
-    assert ReducedSpace.from_setting(setting, 1).factors == ()
-    assert ReducedSpace.from_setting(setting, 2).factors == ("band 0", "band 1")
+    assert ReducedSpace.from_setting(setting, ReducedOptions(num_bands=1)).factors == ()
+    assert ReducedSpace.from_setting(setting, ReducedOptions(num_bands=2)).factors == (
+        "band 0",
+        "band 1",
+    )
 
 
 def test_zero_decodes_to_the_dp_plan_and_a_factor_moves_bytes_to_its_units():
     animal = get_animal("plain")
-    space = ReducedSpace.from_setting(animal.setting, 4)
+    space = ReducedSpace.from_setting(animal.setting, ReducedOptions(num_bands=4))
     zero = np.zeros(len(space.factors))
     assert space.decode(zero) == animal.dp
     factor = space.factors.index("kind gate")
@@ -87,6 +90,7 @@ def test_importing_the_searches_does_not_import_optuna():
         ({"log_range": 0.0}, "log range"),
         ({"log_range": float("inf")}, "log range"),
         ({"remeasure_every": -1}, "must not be negative"),
+        ({"num_ei_candidates": 0}, "one candidate"),
     ],
 )
 def test_impossible_options_are_refused(changes, message):

@@ -121,6 +121,8 @@ def make_animal(
             num_sequences,
             batch_sequences,
             0,
+            _importances(np.random.default_rng(1000 + seed), truth, weights),
+            tuple(1 - np.array(menu) / 16 for menu in menus),
         ),
         tuple(truth),
         pairs,
@@ -137,6 +139,14 @@ def make_animal(
     # Near the DP plan and of a large kind, so that every search runs into it.
     unit = next(u for u, level in enumerate(dp) if level and kinds[u] == "down")
     return replace(animal, broken=(unit, dp[unit] - 1))
+
+
+def _importances(rng, truth, weights) -> tuple[np.ndarray, ...]:
+    """Samples whose typical value tells how sensitive each weight of a unit is, but for noise."""
+    spread = np.sort(rng.normal(size=64))
+    pairs = zip(truth, weights, strict=True)
+    scales = [losses[0] / size * np.exp(rng.normal(0, 0.2)) for losses, size in pairs]
+    return tuple(np.exp(np.log(scale) / 2 + 0.7 * spread) for scale in scales)
 
 
 def _uniform(problem: Problem) -> Assignment:

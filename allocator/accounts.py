@@ -1,0 +1,87 @@
+"""Token accounts: what was sent through the model, by kind, in the journal and in the results.
+
+Tokens are the currency that methods are compared in; block-tokens (tokens times the blocks they
+went through) show what sharing forward passes saved.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from objectives.evaluation import Evaluation
+from objectives.task import TokenMeter
+
+
+class Records(Protocol):
+    """The part of a journal that accounts and tables need."""
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """What was recorded so far."""
+        ...
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Record one thing durably."""
+        ...
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Forward tokens by kind; a backward counts as two.
+
+    Attributes:
+        tokens: Tokens by kind, sorted.
+        block_tokens: The same summed over the blocks that had to run.
+    """
+
+    tokens: dict[str, int]
+    block_tokens: dict[str, int]
+
+
+@contextmanager
+def spending(meter: TokenMeter, records: Records) -> Iterator[None]:
+    """Record the tokens of each kind that are spent inside, if any, also where it fails."""
+    before, blocks_before = meter.counts.copy(), meter.block_counts.copy()
+    try:
+        yield
+    finally:
+        spent = meter.counts - before
+        blocks = meter.block_counts - blocks_before
+        if spent:
+            counts = {"counts": dict(spent), "block_counts": {kind: blocks[kind] for kind in spent}}
+            records.append({"type": "tokens"} | counts)
+
+
+def recorded_tokens(
+    records: Records,
+    combine: Callable[[int, int], int] = operator.add,
+    *,
+    of: str = "counts",
+) -> dict[str, int]:
+    """What stages other than measurements recorded, by kind.
+
+    Args:
+        records: The journal.
+        combine: Of several records of one kind; ``max`` counts a pass that was repeated once.
+        of: ``counts`` or ``block_counts``; journals before the latter have none.
+    """
+    totals: dict[str, int] = {}
+    for record in records.records:
+        if record["type"] == "tokens":
+            for kind, count in record.get(of, {}).items():
+                totals[kind] = combine(totals.get(kind, 0), count)
+    return totals
+
+
+def all_spent(records: Records, evaluations: Sequence[Evaluation]) -> Spent:
+    """Tokens by kind of a whole run, repeated measurements counted once."""
+    tokens, blocks = recorded_tokens(records), recorded_tokens(records, of="block_counts")
+    for evaluation in {e.key: e for e in evaluations}.values():
+        split = evaluation.fidelity.split
+        tokens[split] = tokens.get(split, 0) + evaluation.num_tokens
+        blocks[split] = blocks.get(split, 0) + evaluation.num_block_tokens
+    return Spent(dict(sorted(tokens.items())), dict(sorted(blocks.items())))

@@ -1,0 +1,189 @@
+"""The verb profile: loss tables of any scorers, and how well they know the truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from allocator.cli.runs import Json, Runs, make_config, split_pin
+from allocator.cli.terminal import console, print_json, reporting
+from allocator.profile import Comparison, compare, profile, summarise
+from allocator.report.comparison import (
+    comparison_csv,
+    comparison_markdown,
+    comparison_rows,
+    draw_comparison,
+)
+from allocator.run_folder import RunFolder, run_folder, save_losses, write_text
+from allocator.session import begin, default_name, reopen
+from objectives.sensitivity import SCORERS, LossTable
+from search_spaces.space import SearchSpace
+
+_RUNS = Path("runs")
+
+
+def profile_model(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder or embedded model.")],
+    scorer: Annotated[
+        str, typer.Option(help="One or several with commas; see 'allocator list scorers'.")
+    ] = "blend",
+    compare_all: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Hold scorers against measured losses."
+        ),
+    ] = False,
+    random: Annotated[int, typer.Option(help="With --compare: random assignments.")] = 50,
+    budget: Annotated[
+        str, typer.Option(help="Of incumbents and random assignments, such as 3.25bpw.")
+    ] = "100%",
+    space: Annotated[str, typer.Option(help="Preset or YAML file.")] = "bits",
+    ties: Annotated[str | None, typer.Option(help="Runtime whose fused kernels tie units.")] = None,
+    pin: Annotated[list[str], typer.Option(help="GLOB=LABEL, e.g. '*.o_proj=int8-g64'.")] = [],
+    exclude: Annotated[list[str], typer.Option(help="Glob of units to leave dense.")] = [],
+    text: Annotated[str, typer.Option(help="datasets id, .txt, .jsonl, .parquet or embedded.")] = (
+        "wiki-summaries"
+    ),
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
+    num_statistics: Annotated[int, typer.Option(help="Sequences that scorers read.")] = 16,
+    num_search: Annotated[int, typer.Option(help="Sequences to hold them against.")] = 8,
+    data_seed: Annotated[int, typer.Option(help="Orders the documents.")] = 0,
+    objective: Annotated[str, typer.Option(help="What is measured, as in search.")] = "kl",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Annotated[int, typer.Option(help="Torch threads; 0: all cores.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random assignments.")] = 0,
+    runs: Runs = _RUNS,
+    name: Annotated[str | None, typer.Option(help="Of the folder; else profile and model.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score every option of every unit; compare scorers with measured losses."""
+    data: dict[str, Any] = {
+        "model": model,
+        "budget": budget,
+        "space": {
+            "space": space,
+            "ties": ties,
+            "pins": [split_pin(words) for words in pin],
+            "exclude": exclude,
+        },
+        "data": {
+            "text": text,
+            "sequence_length": sequence_length,
+            "statistics": num_statistics,
+            "search": num_search,
+            "guard": 1,
+            "heldout": 1,
+            "seed": data_seed,
+        },
+        "measure": {"objective": objective, "dtype": dtype, "device": device, "threads": threads},
+        "search": {"seed": seed},
+    }
+    config = make_config(data)
+    names = list(SCORERS) if compare_all and scorer == "blend" else scorer.split(",")
+    for known in names:
+        SCORERS[known]  # an unknown name is refused before anything is loaded
+    folder = run_folder(runs, name or default_name(model, f"profile-{space}-{budget}"))
+    with reporting(quiet=as_json) as reporter:
+        if folder.begun:
+            reporter.note(f"{folder.path} holds this profile already: what it lacks is added")
+            opened = reopen(folder, reporter, change=lambda old: config_like(config, old))
+        else:
+            opened = begin(config, folder, reporter)
+        with opened as (session, journal):
+            tables = profile(session, journal, names)
+            save_losses(tables, folder.losses)
+            found = None
+            if compare_all:
+                found = compare(
+                    session, journal, tables, num_random=random, num_sequences=num_search
+                )
+    shown = session.space
+    if found is not None:
+        _write_comparison(found, f"{Path(model).name}, {space} at {budget}", folder)
+    if as_json:
+        print_json(_summary(folder, tables, shown, found))
+    elif found is not None:
+        _print_comparison(found, folder)
+    else:
+        for table in tables.values():
+            _print_table(table, shown)
+        console.print(f"tables: {folder.losses}", markup=False, soft_wrap=True)
+
+
+def config_like(wanted: Any, old: Any) -> Any:
+    """What is wanted, with what an earlier session settled: precision and threads."""
+    settled = {"dtype": old.measure.dtype, "threads": old.measure.threads}
+    return wanted.model_copy(update={"measure": wanted.measure.model_copy(update=settled)})
+
+
+def _write_comparison(found: Comparison, title: str, folder: RunFolder) -> None:
+    write_text(folder.path / "comparison.csv", comparison_csv(found))
+    write_text(folder.path / "comparison.md", comparison_markdown(found, title))
+    draw_comparison(found, title, folder.path / "comparison.svg")
+
+
+def _print_comparison(found: Comparison, folder: RunFolder) -> None:
+    table = Table(
+        title="rank correlation with measured losses",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        caption=f"{found.num_units} units alone, {found.num_random} random assignments, "
+        f"{found.num_tokens:,} tokens",
+    )
+    heads = ("scorer", "unit", "units rho", "tau", "random rho", "tau", "tokens", "seconds")
+    for column, head in enumerate(heads):
+        table.add_column(head, justify="left" if column < 2 else "right", no_wrap=True)
+    for row in comparison_rows(found):
+        table.add_row(*row)
+    console.print(table)
+    for scorer, reason in found.left_out.items():
+        console.print(f"left out: {scorer}: {reason}", markup=False)
+    console.print(f"plot: {folder.path / 'comparison.svg'}", markup=False, soft_wrap=True)
+
+
+def _print_table(losses: LossTable, space: SearchSpace) -> None:
+    """Sums by kind; the whole table is on disk."""
+    rows = summarise(losses, space)
+    labels = [option.operator.label for option in space.menus[0]]
+    width = min(12, max(len(values) for _, values in rows))
+    table = Table(
+        title=f"{losses.scorer}, {losses.unit}, summed over the units of a kind",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("kind")
+    for place in range(width):
+        table.add_column(labels[place] if place < len(labels) else str(place), justify="right")
+    for kind, values in rows:
+        table.add_row(kind, *(f"{value:.4g}" for value in values[:width]))
+    console.print(table)
+
+
+def _summary(
+    folder: RunFolder,
+    tables: dict[str, LossTable],
+    space: SearchSpace,
+    found: Comparison | None,
+) -> dict[str, Any]:
+    """A profile for machines."""
+    summary: dict[str, Any] = {
+        "folder": str(folder.path),
+        "tables": {
+            name: {
+                "unit": table.unit,
+                "kinds": {kind: values.tolist() for kind, values in summarise(table, space)},
+            }
+            for name, table in tables.items()
+        },
+    }
+    if found is not None:
+        names = comparison_csv(found).splitlines()[0].split(",")
+        rows = [dict(zip(names, row, strict=True)) for row in comparison_rows(found)]
+        summary["comparison"] = rows
+        summary["left_out"] = found.left_out
+    return summary

@@ -1,0 +1,121 @@
+"""``allocator solve``: new budgets from a finished run, without the model and without measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from allocator.budget import Budget, parse_budgets, resolve_budget
+from allocator.cli.runs import RUNS, Json, Runs
+from allocator.cli.terminal import console, parse_latency, print_json
+from allocator.latencies import LatencyTable, latency_constraint, load_latencies
+from allocator.pipeline import additive_problem
+from allocator.plan import Plan, load_plan, save_plan
+from allocator.plan_build import PlanFacts, solved_plan
+from allocator.problem import LinearConstraint, Problem, Solution, Status
+from allocator.run_folder import existing_run, load_losses, load_space
+from allocator.solvers import SOLVERS
+from objectives.sensitivity import LossTable
+from search_spaces.space import SearchSpace
+
+
+def solve(
+    run: Annotated[str, typer.Argument(help="Finished run folder or name.")],
+    budget: Annotated[str, typer.Option(help="One or several budgets, comma separated.")],
+    scorer: Annotated[str | None, typer.Option(help="Whose table; else the run's own.")] = None,
+    solver: Annotated[
+        str | None,
+        typer.Option(help="See 'allocator list solvers'; else dynamic, or milp with --limit."),
+    ] = None,
+    latencies: Annotated[
+        Path | None, typer.Option(help="CSV or JSON: rows,columns,operator,seconds.")
+    ] = None,
+    limit: Annotated[
+        str | None, typer.Option(help="Most latency of all matrices together, such as 12ms.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", help="Folder for the plans.")] = None,
+    runs: Runs = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Solve new budgets from a run's loss table, without the model and without measuring."""
+    folder = existing_run(run, runs)
+    space = load_space(folder.space)
+    tables = load_losses(folder.losses, space)
+    plan = load_plan(folder.plan)
+    name = scorer or plan.scorer
+    if name not in tables:
+        raise ValueError(f"the run has no table of {name!r}; it has {', '.join(tables)}")
+    facts = PlanFacts(plan.model, plan.calibration, plan.objective, plan.dtype)
+    timing = _timing(latencies, limit)
+    limits = [] if timing is None else [latency_constraint(space, *timing)]
+    chosen = SOLVERS[solver or ("milp" if limits else "dynamic")]()
+    destination = output or folder.path
+    destination.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for word in parse_budgets(budget):
+        resolved = resolve_budget(word, space)
+        problem = _problem(space, tables[name], resolved, limits)
+        solution = _solved(chosen.solve(problem), word, limit)
+        made = solved_plan(space, resolved, tables[name], solution, facts)
+        words = [name, word.replace("%", "pct"), *([] if limit is None else [limit.strip()])]
+        path = destination / f"plan-{'-'.join(words)}.json"
+        save_plan(made, path)
+        row: dict[str, Any] = {"plan": str(path)}
+        row |= made.model_dump(mode="json", exclude={"units", "fixed"})
+        if timing is not None:
+            row["latency_seconds"] = timing[0].total(space, solution.choice)
+        rows.append(row)
+    if as_json:
+        print_json(rows)
+    else:
+        _print(rows, tables[name], plan)
+
+
+def _timing(latencies: Path | None, limit: str | None) -> tuple[LatencyTable, float] | None:
+    """The table and the most seconds, if both are given."""
+    if latencies is None and limit is None:
+        return None
+    if latencies is None or limit is None:
+        raise ValueError("--latencies and --limit go together: a table, and the most it may sum to")
+    return load_latencies(latencies), parse_latency(limit)
+
+
+def _problem(
+    space: SearchSpace, table: LossTable, budget: Budget, limits: Sequence[LinearConstraint]
+) -> Problem:
+    return replace(additive_problem(space, table, budget), constraints=tuple(limits))
+
+
+def _solved(solution: Solution, budget: str, limit: str | None) -> Solution:
+    """The solution, if there is one: a budget alone was checked when it was resolved."""
+    if solution.status is Status.INFEASIBLE:
+        raise ValueError(
+            f"no assignment within {budget} takes at most {limit}, though each limit can be met "
+            "alone: raise one of them"
+        )
+    return solution
+
+
+def _print(rows: Sequence[dict[str, Any]], losses: LossTable, plan: Plan) -> None:
+    timed = "latency_seconds" in rows[0]
+    unit = plan.loss_unit if losses.unit == "nats" else losses.unit
+    table = Table("budget", "stored bytes", "bits/weight", f"predicted ({unit})", "lower bound")
+    for column in ("latency", "plan") if timed else ("plan",):
+        table.add_column(column)
+    for row in rows:
+        cells = [
+            row["budget_text"],
+            f"{row['achieved_bytes']:,}",
+            f"{row['bits_per_weight']:.4f}",
+            f"{row['predicted_nats']:.5g}",
+            f"{row['lower_bound_nats']:.5g}",
+            *([f"{1e3 * row['latency_seconds']:.4g} ms"] if timed else []),
+            row["plan"],
+        ]
+        table.add_row(*cells)
+    console.print(table)

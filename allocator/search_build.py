@@ -1,0 +1,162 @@
+"""A run's search: made from the tables, told what an earlier run knows, read at its end.
+
+The problem: searches are told as little as possible (a setting, then evaluations), while a run has
+more: tables whose dominated options need not be searched, an earlier journal, samples of weights
+that only some searches look at. What goes in and what comes out beyond the best is gathered here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allocator.accounts import Records
+from allocator.bench import Bench
+from allocator.problem import Problem
+from allocator.ratio_plans import removed_ratios
+from allocator.reporter import Reporter
+from allocator.searches import make_search
+from allocator.searches.base import FrontPoint, Noting, Search, SearchSetting
+from allocator.searches.model_guided import ModelGuided
+from allocator.searches.thinning import Kept, Thinned, thinned_setting, undominated, widen
+from allocator.searches.warm import WarmStarted
+from objectives.evaluation import Evaluation
+from objectives.importance_samples import importance_samples
+from objectives.sensitivity import LossTable
+from search_spaces.space import Assignment, SearchSpace
+
+NUM_SAMPLES = 256
+_NEEDS_SAMPLES = "formula"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search says besides its best.
+
+    Attributes:
+        notes: Finite numbers, such as a hypervolume.
+        front: Of loss against bytes, the cheapest first; empty for searches of one objective.
+        formula: The expression that a formula search found, as JSON.
+    """
+
+    notes: dict[str, float]
+    front: tuple[FrontPoint, ...]
+    formula: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class BuiltSearch:
+    """A search over full menus, and what it was made of.
+
+    Attributes:
+        search: What the loop asks and tells.
+        inner: The search by name, over the options that are left.
+        kept: Those options.
+        setting: With full menus.
+    """
+
+    search: Search
+    inner: Search
+    kept: Kept
+    setting: SearchSetting
+
+    def found(self) -> Found:
+        """What the search says at its end."""
+        notes = self.inner.notes() if isinstance(self.inner, Noting) else {}
+        front: Sequence[FrontPoint] = getattr(self.inner, "front", ())
+        formula = getattr(self.inner, "formula", None)
+        points = (p._replace(assignment=widen(p.assignment, self.kept)) for p in front)
+        return Found(notes, tuple(points), None if formula is None else formula.to_json())
+
+
+def build_search(
+    name: str,
+    setting: SearchSetting,
+    tables: Sequence[LossTable],
+    *,
+    records: Records,
+    reporter: Reporter,
+) -> BuiltSearch:
+    """The search of a name, or of several with commas between them.
+
+    Args:
+        name: Of the search.
+        setting: With full menus.
+        tables: An option that another one beats in bytes and in all of them is not searched.
+        records: The journal; may hold what an earlier run measured.
+        reporter: Told how many options are left out.
+    """
+    known = warm_evaluations(records)
+    always = [*setting.starts, *(e.assignment for e in known)]
+    kept = undominated(setting.problem, tables, always)
+    offered, left = (sum(map(len, rows)) for rows in (setting.problem.bytes, kept))
+    if left < offered:
+        reporter.note(
+            f"{offered - left:,} of {offered:,} options are left out of the search: another one of "
+            f"their unit is no larger and no worse by {', '.join(t.scorer for t in tables)}"
+        )
+    inner = make_search(name, thinned_setting(setting, kept))
+    search: Search = Thinned(inner, kept)
+    if known:
+        search = WarmStarted(search, setting, known)
+    return BuiltSearch(search, inner, kept, setting)
+
+
+def warm_evaluations(records: Records) -> tuple[Evaluation, ...]:
+    """Measurements of an earlier run that the journal carries."""
+    for record in records.records:
+        if record["type"] == "warm_start":
+            return tuple(Evaluation.from_json(data) for data in record["evaluations"])
+    return ()
+
+
+def warm_starts(records: Records, problem: Problem) -> list[Assignment]:
+    """Assignments of an earlier run that fit the budget, best first, where losses do not carry."""
+    for record in records.records:
+        if record["type"] == "warm_start" and not record["evaluations"]:
+            starts = (tuple(start) for start in record["starts"])
+            return [s for s in starts if problem.total_bytes(s) <= problem.budget_bytes][:8]
+    return []
+
+
+def with_samples(
+    name: str,
+    setting: SearchSetting,
+    space: SearchSpace,
+    *,
+    records: Records,
+    bench: Callable[[], Bench],
+) -> SearchSetting:
+    """The setting with samples of the weights' importances, if a search of that name reads them.
+
+    Raises:
+        ValueError: The space has caches, or inputs that cannot be observed.
+    """
+    if _NEEDS_SAMPLES not in [part.strip() for part in name.split(",")]:
+        return setting
+    recorded = next((r["samples"] for r in records.records if r["type"] == "importances"), None)
+    if recorded is None:
+        live = bench()
+        statistics = live.observe({"second_moment"})
+        found = importance_samples(space, live.bank, statistics, num_samples=NUM_SAMPLES)
+        recorded = [[float(f"{value:.5g}") for value in row] for row in found]
+        records.append({"type": "importances", "samples": recorded})
+    samples = tuple(np.array(row, float) for row in recorded)
+    return replace(setting, importances=samples, removed=tuple(removed_ratios(space)))
+
+
+def refit(
+    setting: SearchSetting, evaluations: Sequence[Evaluation]
+) -> tuple[NDArray[np.float64], ...] | None:
+    """The table of a setting corrected by everything that was measured, in nats per token.
+
+    It is the posterior mean of :mod:`allocator.searches.surrogate`, for solving other budgets with
+    what this run has learned. ``None`` unless the first start was measured on all search text.
+    """
+    model = ModelGuided(setting)
+    model.tell(list(evaluations))
+    return model.table()

@@ -1,0 +1,81 @@
+"""Several searches on one budget, each learning from what all of them measure.
+
+The problem: which search is best depends on the space and on how much may be measured, and that is
+known afterwards. Searches take turns proposing; every result is told to all of them. What one asks
+that another has had measured is answered at once and costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import ClassVar
+
+from allocator.searches.base import Proposal, Search
+from allocator.searches.ledger import Ledger
+from objectives.evaluation import Evaluation, evaluation_key
+from search_spaces.space import Assignment
+
+_MOST_SHARED = 50  # proposals of one search in its turn that are known or under way already
+
+
+class Portfolio:
+    """Searches in turn, a proposal each.
+
+    Args:
+        searches: Fresh, made from one setting.
+        num_sequences: Sequences in the search split.
+    """
+
+    name: ClassVar[str] = "portfolio"
+
+    def __init__(self, searches: Sequence[Search], num_sequences: int) -> None:
+        if not searches:
+            raise ValueError("expected at least one search, got none")
+        self._searches = tuple(searches)
+        self._ledger = Ledger(num_sequences)
+        self._known: dict[str, Evaluation] = {}
+        self._waiting: dict[str, list[int]] = {}  # who asked for what is under way
+        self._turn = 0
+
+    def ask(self, count: int, pending: Collection[Assignment]) -> list[Proposal]:
+        """``count`` proposals, or fewer when no search has any (for now)."""
+        proposals: list[Proposal] = []
+        open_ = list(pending)
+        while len(proposals) < count and (proposal := self._propose(open_)) is not None:
+            proposals.append(proposal)
+            open_.append(proposal.assignment)
+        return proposals
+
+    def tell(self, evaluations: Sequence[Evaluation]) -> None:
+        """Tell every search; those that asked more than once as often as they asked."""
+        for evaluation in evaluations:
+            self._ledger.add(evaluation)
+            self._known[evaluation.key] = evaluation
+            asked = self._waiting.pop(evaluation.key, [])
+            for index, search in enumerate(self._searches):
+                for _ in range(max(1, asked.count(index))):
+                    search.tell([evaluation])
+
+    @property
+    def best(self) -> Assignment | None:
+        """The least loss over everything told, after removing the sequences' difficulty."""
+        return self._ledger.best()
+
+    def _propose(self, pending: Sequence[Assignment]) -> Proposal | None:
+        """From the first search, in turn, that has something new to measure."""
+        for _ in self._searches:
+            index = self._turn
+            self._turn = (self._turn + 1) % len(self._searches)
+            for _ in range(_MOST_SHARED):
+                asked = self._searches[index].ask(1, pending)
+                if not asked:
+                    break
+                key = evaluation_key(asked[0].assignment, asked[0].fidelity)
+                if key in self._known:
+                    self._searches[index].tell([self._known[key]])
+                elif key in self._waiting:
+                    self._waiting[key].append(index)
+                else:
+                    self._waiting[key] = [index]
+                    return asked[0]
+        return None

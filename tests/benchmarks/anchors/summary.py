@@ -1,0 +1,110 @@
+"""The table, the CSV and the curves of what the benchmark has measured so far."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import t as student
+
+OURS = "model_guided"
+
+
+def interval(values) -> tuple[float, float]:
+    """Mean and half of the 95 % interval over seeds; the half is NaN for one seed."""
+    array = np.asarray(values, float)
+    if len(array) < 2:
+        return float(array.mean()), float("nan")
+    half = student.ppf(0.975, len(array) - 1) * array.std(ddof=1) / len(array) ** 0.5
+    return float(array.mean()), float(half)
+
+
+def write_summary(folder: Path) -> None:
+    """Write results.csv, results.md and curves.svg; print the table."""
+    records = [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.open()]
+    if not records:
+        return
+    with (folder / "results.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        heads = ["space", "budget", "method", "feasible", "seed", "tokens", "bytes", "heldout_nats"]
+        writer.writerow(heads)
+        for r in records:
+            for point in r["points"]:
+                mean = float(np.mean(point["heldout"]))
+                cells = [r[key] for key in heads[:5]]
+                writer.writerow([*cells, point["tokens"], point["bytes"], f"{mean:.6g}"])
+    text = "\n".join(lines(records)) + "\n"
+    (folder / "results.md").write_text(text)
+    print(text)
+    draw(records, folder / "curves.svg")
+
+
+def lines(records):
+    """Markdown: one table per space and budget."""
+    cells = defaultdict(lambda: defaultdict(dict))
+    about = {}
+    for r in records:
+        last = r["points"][-1]
+        cells[r["space"], r["budget"]][r["method"]][r["seed"]] = float(np.mean(last["heldout"]))
+        about[r["method"]] = (r["feasible"], last["tokens"])
+    for (space, budget), methods in cells.items():
+        yield f"## {space}, {budget}"
+        yield ""
+        yield "| method | set | tokens | held-out nats | minus model_guided, paired | seeds |"
+        yield "| --- | --- | ---: | ---: | ---: | ---: |"
+        order = sorted(methods, key=lambda name: np.mean(list(methods[name].values())))
+        for name in order:
+            found, ours = methods[name], methods.get(OURS, {})
+            mean, half = interval(list(found.values()))
+            both = sorted(set(found) & set(ours))
+            gap, width = interval([found[s] - ours[s] for s in both]) if both else (np.nan, np.nan)
+            difference = "" if name == OURS or not both else f"{gap:+.4f} ± {width:.4f}"
+            feasible, tokens = about[name]
+            row = [name, feasible, f"{tokens:,}", f"{mean:.4f} ± {half:.4f}", difference]
+            yield "| " + " | ".join([*row, str(len(found))]) + " |"
+        yield ""
+
+
+def draw(records, path: Path) -> None:
+    """Held-out loss against tokens, one panel per space and budget."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    level = defaultdict(list)
+    for r in records:
+        place = (r["space"], r["budget"])
+        if len(r["points"]) > 1:
+            for point in r["points"]:
+                curves[place][r["method"]][point["tokens"]].append(np.mean(point["heldout"]))
+        elif r["method"] == "uniform":
+            level[place].append(np.mean(r["points"][0]["heldout"]))
+    places = list(curves)
+    if not places:
+        return
+    colours = dict(
+        zip(sorted({m for c in curves.values() for m in c}), pyplot.cm.tab10.colors, strict=False)
+    )
+    size = (5.2 * len(places), 4.0)
+    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "anchors", "font.size": 10}):
+        figure, panels = pyplot.subplots(1, len(places), figsize=size, squeeze=False)
+        for axes, place in zip(panels[0], places, strict=True):
+            for method, points in sorted(curves[place].items()):
+                tokens = sorted(points)
+                means = [np.mean(points[t]) for t in tokens]
+                width = 2.6 if method == OURS else 1.4
+                axes.plot(tokens, means, "o-", ms=4, lw=width, color=colours[method], label=method)
+            if level[place]:
+                axes.axhline(np.mean(level[place]), color="#888", lw=1, ls="--", label="uniform")
+            axes.set(xscale="log", xlabel="tokens, statistics included", ylabel="held-out nats")
+            axes.set_title(f"{place[0]}, {place[1]}")
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[0][-1].legend(frameon=False, fontsize=9)
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Date": None})
+        pyplot.close(figure)
