@@ -45,6 +45,12 @@ bench-rows: $(STAMP)
 bench-rows-quality: $(STAMP)
 	$(BIN)/python tests/benchmarks/rows_quality.py
 
+bench-measuring: $(STAMP)
+	$(BIN)/python tests/benchmarks/measuring.py
+
+bench-anchors: $(STAMP)
+	$(BIN)/python tests/benchmarks/anchors/run.py
+
 bench-spaces: $(STAMP)
 	$(BIN)/python tests/benchmarks/spaces.py
 

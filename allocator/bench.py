@@ -65,7 +65,9 @@ class Bench:
         is measured is what a packed file holds.
         """
         round_fixed(model, space.fixed)
-        bank, meter = Bank(model, space), TokenMeter(len(find_blocks(model, space)))
+        folder = None if kept is None else kept.path.parent
+        bank = Bank(model, space, folder=folder)
+        meter = TokenMeter(len(find_blocks(model, space)))
         evaluator = Evaluator(model, task, bank, meter)
         return cls(model, task, space, bank, meter, evaluator, kept)
 

@@ -105,7 +105,7 @@ class SearchConfig(_Strict):
         scorers: Whose tables and plans are shown beside it.
         seed: Of the search.
         window: Proposals under way at once.
-        batch: Sequences per evaluation.
+        batch: Sequences per evaluation; ``None`` for what the search does best with.
         warm_start: Run or study whose measurements it starts from.
     """
 
@@ -114,7 +114,7 @@ class SearchConfig(_Strict):
     scorers: tuple[str, ...] = ("blend", "fisher", "reconstruction", "relative_error")
     seed: Seed = 0
     window: Positive = 4
-    batch: Positive = 4
+    batch: Positive | None = None
     warm_start: str | None = None
 
 

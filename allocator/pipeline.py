@@ -8,7 +8,7 @@ goes through the journal, so running this again on the same journal continues wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from allocator.search_build import (
     warm_starts,
     with_samples,
 )
+from allocator.searches import preferred_sequences
 from allocator.searches.base import SearchSetting
 from allocator.solvers.dynamic import DynamicProgram
 from allocator.tables import BenchSource, TableStore, Wanted, build_tables
@@ -72,6 +73,11 @@ class Stage:
     store: TableStore | None
     reporter: Reporter
     extend: bool = False
+
+    @property
+    def batch(self) -> int:
+        """Sequences per evaluation."""
+        return self.search.batch or preferred_sequences(self.search.name)
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,7 @@ def run_pipeline(stage: Stage) -> Outcome:
         num_search_sequences=stage.num_sequences["search"],
         found=built.found(),
         refit=_refit(stage, built.setting, history),
-        spent=all_spent(stage.records, [*history.evaluations, *guard.values(), *heldout.values()]),
+        spent=_spent(stage, [*history.evaluations, *guard.values(), *heldout.values()]),
     )
 
 
@@ -169,8 +175,9 @@ class Measuring:
         self._stage = stage
         self._executor: Executor | None = None
         recorded = (r for r in stage.records.records if r["type"] == "evaluation")
-        evaluations = (Evaluation.from_json(record["evaluation"]) for record in recorded)
-        self.cache: dict[str, Evaluation] = {e.key: e for e in evaluations}
+        known = [*warm_evaluations(stage.records)]
+        known += (Evaluation.from_json(record["evaluation"]) for record in recorded)
+        self.cache: dict[str, Evaluation] = {e.key: e for e in known}
 
     @property
     def executor(self) -> Executor:
@@ -303,7 +310,7 @@ def _build(
         depths=tuple(-1 if unit.depth is None else unit.depth for unit in stage.space.units),
         kinds=tuple(unit.kind for unit in stage.space.units),
         num_sequences=stage.num_sequences["search"],
-        batch_sequences=min(stage.search.batch, stage.num_sequences["search"]),
+        batch_sequences=min(stage.batch, stage.num_sequences["search"]),
         seed=stage.search.seed,
     )
     setting = with_samples(
@@ -316,6 +323,12 @@ def _build(
         records=stage.records,
         reporter=stage.reporter,
     )
+
+
+def _spent(stage: Stage, evaluations: Sequence[Evaluation]) -> Spent:
+    """Tokens of this run: what an earlier one had measured is not its own."""
+    known = {evaluation.key for evaluation in warm_evaluations(stage.records)}
+    return all_spent(stage.records, [e for e in evaluations if e.key not in known])
 
 
 def _refit(stage: Stage, setting: SearchSetting, history: History) -> LossTable | None:
@@ -358,7 +371,7 @@ def _search_tokens(stage: Stage) -> int | None:
     once["teacher"] = sum(stage.num_sequences.values()) * stage.tokens_per_sequence
     spent = sum(once.values())
     left = stage.caps.tokens - spent
-    if left < stage.search.batch * stage.tokens_per_sequence:
+    if left < stage.batch * stage.tokens_per_sequence:
         raise ValueError(
             f"the cap of {stage.caps.tokens:,} tokens leaves {max(left, 0):,} for the search after "
             f"{spent:,} for statistics and the dense model; raise it or lower the splits' sizes"

@@ -85,6 +85,11 @@ class RunFolder:
         return self.path / "cache"
 
     @property
+    def memory(self) -> Path:
+        """What the last session that measured had planned to hold, and the most it held."""
+        return self.cache / "memory.json"
+
+    @property
     def begun(self) -> bool:
         """Whether the journal's header is whole: before that nothing was measured."""
         try:
@@ -108,6 +113,14 @@ class RunFolder:
             ) from error
         if not os.access(self.path, os.W_OK):
             raise ValueError(f"the run folder {self.path} is read-only; choose another with --runs")
+
+
+def load_memory(folder: RunFolder) -> dict[str, str]:
+    """The memory of a run's last session, as texts by label; empty where it is not known."""
+    if not folder.memory.exists():
+        return {}
+    found: dict[str, str] = json.loads(folder.memory.read_text(encoding="utf-8"))
+    return found
 
 
 def run_folder(runs: Path, name: str) -> RunFolder:

@@ -107,6 +107,7 @@ def _finish(session: Session, journal: Journal, *, extend: bool = False) -> Fini
         extend=extend,
     )
     outcome = run_pipeline(stage)
+    session.save_memory()
     facts = PlanFacts(
         model=session.identity,
         calibration=session.record,
@@ -131,7 +132,7 @@ def _write(session: Session, finished: Finished) -> None:
         write_text(session.folder.path / "front.csv", front_csv(session.space, outcome.found))
     write_text(session.folder.frontier, frontier_csv(session.space, outcome, session.budget))
     save_plan(finished.plan, session.folder.plan)
-    view = gather_view(session.folder.name, session.config, session.space, outcome, finished.plan)
+    view = gather_view(session.folder, session.config, session.space, outcome, finished.plan)
     write_report(view, session.folder.report)
 
 

@@ -23,7 +23,7 @@ from allocator.executors import EXECUTORS, Executor, InProcess, WorkerSetting
 from allocator.journal import Journal
 from allocator.plan import CalibrationRecord, ModelIdentity
 from allocator.reporter import Reporter
-from allocator.run_folder import RunFolder, load_space, save_space
+from allocator.run_folder import RunFolder, load_space, save_space, write_text
 from allocator.run_texts import (
     build_texts,
     find_weights,
@@ -35,6 +35,7 @@ from allocator.tables import TableStore
 from allocator.warm_start import read_warm_start
 from objectives.calibration import SPLITS, Calibration
 from objectives.loading import LoadedModel, find_model, resolve_device, resolve_dtype
+from objectives.peak_memory import PeakMemory
 from objectives.statistics_file import FILE_NAME as STATISTICS_NAME
 from objectives.statistics_file import StatisticsFile, statistics_identity
 from objectives.task import TokenMeter
@@ -250,6 +251,22 @@ class Session:
                 ),
             ),
         )
+
+    def save_memory(self) -> None:
+        """Write down the memory that this session planned and used, if it had a model at all.
+
+        It differs from machine to machine, so it is no part of the journal.
+        """
+        if "bench" not in self.__dict__:
+            return
+        bench = self.bench
+        device = next(bench.model.parameters()).device
+        peak = PeakMemory.measure(device)
+        text = f"{peak.host_bytes / 2**30:.2f} GiB of the host"
+        if peak.device_bytes:
+            text += f", {peak.device_bytes / 2**30:.2f} GiB of {device}"
+        found = {"Memory plan": str(bench.bank.plan), "Peak memory": text}
+        write_text(self.folder.memory, json.dumps(found))
 
     def executor(self) -> Executor:
         """What measures; in this process it uses the bench that is already there."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from objectives.kv_cache import CacheSwitch
+from objectives.tensor_store import CHEAP, MemoryPlan, TensorStore, plan_memory
 from search_spaces.operators import AnyOperator, Statistics
 from search_spaces.operators.members import compress_unit
 from search_spaces.space import Assignment, SearchSpace
@@ -17,7 +18,7 @@ DEFAULT_BANK_BYTES = 4 * 2**30
 
 
 class Bank:
-    """Keeps compressed parameters in memory up to a cap, least recently used out first.
+    """Keeps compressed parameters where its memory plan says, the last used ones at hand.
 
     The model's own tensors are never written to: a swap points a parameter at another tensor, and
     ``restore`` points it back. Caches have no parameters; their options are switched on and off.
@@ -26,7 +27,8 @@ class Bank:
         model: The dense model; its parameters at this moment are what is compressed.
         space: Units and menus.
         statistics: By member name, for operators that need them.
-        most_bytes: Cap of the memory held by compressed parameters.
+        most_bytes: Cap of the host memory held by compressed parameters.
+        folder: Where those that are dear to make may be kept in mapped files, if anywhere.
 
     Attributes:
         caches: Runs the model with the caches that are swapped in.
@@ -39,6 +41,7 @@ class Bank:
         *,
         statistics: Mapping[str, Statistics] | None = None,
         most_bytes: int = DEFAULT_BANK_BYTES,
+        folder: Path | None = None,
     ) -> None:
         self.caches = CacheSwitch(model)
         self._space = space
@@ -49,9 +52,17 @@ class Bank:
         ]
         self._dense = [tuple(p.data for p in unit) for unit in self._parameters]
         self._current: list[int | None] = [None] * len(space.units)
-        self._kept: OrderedDict[tuple[int, int], tuple[Tensor, ...]] = OrderedDict()
-        self._kept_bytes = 0
-        self._most_bytes = most_bytes
+        plan = plan_memory(model, space, most_bytes=most_bytes, folder=folder)
+        self._store = TensorStore(plan, folder)
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """How much is kept where."""
+        return self._store.plan
+
+    def close(self) -> None:
+        """Forget what is kept, and delete the files."""
+        self._store.clear()
 
     @property
     def space(self) -> SearchSpace:
@@ -66,8 +77,7 @@ class Bank:
     def use_statistics(self, statistics: Mapping[str, Statistics]) -> None:
         """Compress with these from now on; what was compressed before is forgotten."""
         self._statistics = statistics
-        self._kept.clear()
-        self._kept_bytes = 0
+        self._store.clear()
 
     def parameters(self, unit: int) -> tuple[nn.Parameter, ...]:
         """The live parameters of a unit."""
@@ -79,18 +89,12 @@ class Bank:
 
     def compressed(self, unit: int, option: int) -> tuple[Tensor, ...]:
         """The parameters of a unit under an option, in the model's layout and dtype."""
-        key = (unit, option)
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        made = self.make(unit, self._space.menus[unit][option].operator)
-        size = sum(tensor.nbytes for tensor in made)
-        while self._kept and self._kept_bytes + size > self._most_bytes:
-            _, dropped = self._kept.popitem(last=False)
-            self._kept_bytes -= sum(tensor.nbytes for tensor in dropped)
-        if size <= self._most_bytes:
-            self._kept[key] = made
-            self._kept_bytes += size
+        kept = self._store.get((unit, option))
+        if kept is not None:
+            return kept
+        operator = self._space.menus[unit][option].operator
+        made = self.make(unit, operator)
+        self._store.put((unit, option), made, cheap=operator.name in CHEAP)
         return made
 
     def make(self, unit: int, operator: AnyOperator) -> tuple[Tensor, ...]:

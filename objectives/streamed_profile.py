@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from objectives.bank import Bank
 from objectives.calibration import Calibration, CalibrationRequest, build_calibration
@@ -26,6 +23,7 @@ from objectives.evaluator import Evaluator
 from objectives.hidden_states import DEFAULT_HIDDEN_BYTES
 from objectives.language_task import LanguageTask
 from objectives.loading import load_tokenizer
+from objectives.peak_memory import PeakMemory
 from objectives.sensitivity import SCORERS, CellScorer, LossTable, Scorer, ScoringContext
 from objectives.statistics import Progress
 from objectives.statistics_file import StatisticsFile, statistics_identity
@@ -54,26 +52,6 @@ class StreamSettings:
     device: str = "auto"
     hidden_bytes: int = DEFAULT_HIDDEN_BYTES
     statistics: Path | None = None
-
-
-@dataclass(frozen=True)
-class PeakMemory:
-    """The most memory that this process has held so far.
-
-    Attributes:
-        host_bytes: Resident, with the pages of files that it had mapped.
-        device_bytes: Of tensors on the device; 0 on the CPU.
-    """
-
-    host_bytes: int
-    device_bytes: int
-
-    @classmethod
-    def measure(cls, device: torch.device) -> PeakMemory:
-        """As the system and torch have counted it."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        return cls(peak * (1 if sys.platform == "darwin" else 1024), on_device)
 
 
 @dataclass(frozen=True)

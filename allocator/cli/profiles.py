@@ -11,6 +11,7 @@ from rich.table import Table
 
 from allocator.cli.runs import Json, Runs, make_config, split_pin
 from allocator.cli.terminal import console, print_json, reporting
+from allocator.config import RunConfig
 from allocator.profile import Comparison, compare, profile, summarise
 from allocator.report.comparison import (
     comparison_csv,
@@ -18,9 +19,12 @@ from allocator.report.comparison import (
     comparison_rows,
     draw_comparison,
 )
-from allocator.run_folder import RunFolder, run_folder, save_losses, write_text
-from allocator.session import begin, default_name, reopen
+from allocator.run_folder import RunFolder, run_folder, save_losses, save_space, write_text
+from allocator.session import begin, default_name, price_space, reopen
+from objectives.calibration import CalibrationRequest
 from objectives.sensitivity import SCORERS, LossTable
+from objectives.statistics_file import FILE_NAME as STATISTICS_NAME
+from objectives.streamed_profile import StreamSettings, profile_streamed
 from search_spaces.space import SearchSpace
 
 _RUNS = Path("runs")
@@ -33,9 +37,7 @@ def profile_model(
     ] = "blend",
     compare_all: Annotated[
         bool,
-        typer.Option(
-            "--compare", help="Hold scorers against measured losses."
-        ),
+        typer.Option("--compare", help="Hold scorers against measured losses."),
     ] = False,
     random: Annotated[int, typer.Option(help="With --compare: random assignments.")] = 50,
     budget: Annotated[
@@ -56,6 +58,9 @@ def profile_model(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[int, typer.Option(help="Torch threads; 0: all cores.")] = 0,
+    stream: Annotated[
+        bool, typer.Option(help="Block by block, for models larger than memory.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the random assignments.")] = 0,
     runs: Runs = _RUNS,
     name: Annotated[str | None, typer.Option(help="Of the folder; else profile and model.")] = None,
@@ -88,6 +93,17 @@ def profile_model(
     for known in names:
         SCORERS[known]  # an unknown name is refused before anything is loaded
     folder = run_folder(runs, name or default_name(model, f"profile-{space}-{budget}"))
+    if stream and compare_all:
+        raise ValueError("--compare measures the whole model, --stream holds a block: drop one")
+    if stream:
+        tables, shown, peak = _stream(config, names, folder, quiet=as_json)
+        if not as_json:
+            for table in tables.values():
+                _print_table(table, shown)
+            console.print(f"peak memory {peak / 2**30:.2f} GiB; tables: {folder.losses}")
+            return
+        print_json(_summary(folder, tables, shown, None) | {"peak_bytes": peak})
+        return
     with reporting(quiet=as_json) as reporter:
         if folder.begun:
             reporter.note(f"{folder.path} holds this profile already: what it lacks is added")
@@ -115,7 +131,43 @@ def profile_model(
         console.print(f"tables: {folder.losses}", markup=False, soft_wrap=True)
 
 
-def config_like(wanted: Any, old: Any) -> Any:
+def _stream(
+    config: RunConfig, scorers: list[str], folder: RunFolder, *, quiet: bool
+) -> tuple[dict[str, LossTable], SearchSpace, int]:
+    """Tables of a model that need not fit in memory; written to the folder."""
+    data = config.data
+    request = CalibrationRequest(
+        data.text,
+        sequence_length=data.sequence_length,
+        num_statistics=data.statistics,
+        num_search=1,
+        num_guard=1,
+        num_heldout=1,
+        seed=data.seed,
+    )
+    space = price_space(config.model, config.space)
+    folder.make()
+    settings = StreamSettings(
+        config.measure.dtype, config.measure.device, statistics=folder.cache / STATISTICS_NAME
+    )
+    with reporting(quiet=quiet) as reporter:
+        advance = reporter.stage("blocks", None)
+        found = profile_streamed(
+            config.model,
+            space,
+            scorers,
+            text=request,
+            settings=settings,
+            progress=lambda done, total: advance(done, f"of {total}"),
+        )
+        for name, reason in found.left_out.items():
+            reporter.note(f"the {name} scorer is left out: {reason}")
+    save_space(space, folder.space)
+    save_losses(dict(found.tables), folder.losses)
+    return dict(found.tables), space, found.memory.host_bytes
+
+
+def config_like(wanted: RunConfig, old: RunConfig) -> RunConfig:
     """What is wanted, with what an earlier session settled: precision and threads."""
     settled = {"dtype": old.measure.dtype, "threads": old.measure.threads}
     return wanted.model_copy(update={"measure": wanted.measure.model_copy(update=settled)})

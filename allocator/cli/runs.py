@@ -17,7 +17,7 @@ from allocator.config import RunConfig
 from allocator.executors import EXECUTORS
 from allocator.run_folder import existing_run, run_folder
 from allocator.runner import Finished, resume_run, start_run
-from allocator.searches import SEARCHES
+from allocator.searches import SEARCHES, preferred_sequences
 from allocator.session import check_start, default_name
 from objectives.language_objectives import OBJECTIVES
 from objectives.sensitivity import SCORERS
@@ -36,6 +36,8 @@ _OPTIONS = {
     "search.name": "search",
     "caps.seconds": "time",
 }
+
+_SEQUENCES_WITHOUT_CAP = 600
 
 
 def search(
@@ -79,8 +81,12 @@ def search(
         str | None, typer.Option(help="Earlier run, or study as STORAGE#STUDY, to start from.")
     ] = None,
     window: Annotated[int, typer.Option(help="Proposals under way at once.")] = 4,
-    sequences: Annotated[int, typer.Option(help="Sequences per evaluation.")] = 4,
-    trials: Annotated[int | None, typer.Option(help="Most evaluations (150 if no cap).")] = None,
+    sequences: Annotated[
+        int | None, typer.Option(help="Sequences per evaluation; else what the search prefers.")
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(help="Most evaluations (as read 600 sequences if no cap).")
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="Most forward tokens.")] = None,
     time: Annotated[str | None, typer.Option(help="Longest search, such as 5m.")] = None,
     executor: Annotated[str, typer.Option(help="in-process or ray.")] = "in-process",
@@ -94,7 +100,6 @@ def search(
     """Search the best allocation of a model within a byte budget."""
     budgets = parse_budgets(budget)
     others, weights = _split_texts(also)
-    no_cap = trials is None and tokens is None and time is None
     data: dict[str, Any] = {
         "model": model,
         "budget": budgets[0],
@@ -136,11 +141,7 @@ def search(
             "batch": sequences,
             "warm_start": warm_start,
         },
-        "caps": {
-            "trials": 150 if no_cap else trials,
-            "tokens": tokens,
-            "seconds": None if time is None else parse_duration(time),
-        },
+        "caps": _caps(trials, tokens, time, method=method, sequences=sequences),
         "execution": {
             "executor": executor,
             "workers": workers,
@@ -294,6 +295,23 @@ def make_config(data: dict[str, Any]) -> RunConfig:
             f"got {config.search.window}: the window fixes the history, so it is yours to choose"
         )
     return config
+
+
+def _caps(
+    trials: int | None,
+    tokens: int | None,
+    time: str | None,
+    *,
+    method: str,
+    sequences: int | None,
+) -> dict[str, Any]:
+    """The caps of a search; without any, as many evaluations as read 600 sequences."""
+    seconds = None if time is None else parse_duration(time)
+    no_cap = trials is None and tokens is None and seconds is None
+    if no_cap:
+        each = sequences or preferred_sequences(method)
+        trials = max(1, _SEQUENCES_WITHOUT_CAP // max(1, each))
+    return {"trials": trials, "tokens": tokens, "seconds": seconds}
 
 
 def split_pin(text: str) -> tuple[str, str]:

@@ -13,6 +13,8 @@ from allocator.pipeline import Outcome, additive_problem
 from allocator.plan import Plan
 from allocator.plan_build import predicted_loss
 from allocator.report.view import FrontierPoint, Measurement, RunView
+from allocator.run_folder import RunFolder, load_memory
+from allocator.searches import preferred_sequences
 from allocator.searches.ledger import Ledger
 from allocator.solvers.dynamic import DynamicProgram
 from objectives.evaluation import Evaluation
@@ -22,14 +24,15 @@ _MOST_FRONTIER_POINTS = 200
 
 
 def gather_view(
-    name: str, config: RunConfig, space: SearchSpace, outcome: Outcome, plan: Plan
+    folder: RunFolder, config: RunConfig, space: SearchSpace, outcome: Outcome, plan: Plan
 ) -> RunView:
     """Everything the report of one run needs."""
+    memory = load_memory(folder)
     measurements, correlation = _measurements(outcome, config.search.scorer)
     num_elements = sum(unit.num_elements for unit in space.units)
     unit = outcome.tables[plan.scorer].unit
     return RunView(
-        name=name,
+        name=folder.name,
         plan=plan,
         dp_plan_labels=tuple(o.label for o in space.operators(outcome.solution.choice)),
         num_weights=space.num_weights or num_elements,
@@ -38,7 +41,7 @@ def gather_view(
         frontier=_frontier(space, outcome, plan),
         measurements=measurements,
         rank_correlation=correlation,
-        settings=_settings(config, plan),
+        settings=_settings(config, plan, memory),
         notes=_notes(outcome),
         predicted_unit=plan.loss_unit if unit == "nats" else unit,
         method_bytes={name: space.bytes(a) for name, a in outcome.candidates.items()},
@@ -96,7 +99,7 @@ def _frontier(space: SearchSpace, outcome: Outcome, plan: Plan) -> tuple[Frontie
     return tuple(FrontierPoint(int(frontier.bytes[i]), float(frontier.losses[i])) for i in kept)
 
 
-def _settings(config: RunConfig, plan: Plan) -> dict[str, str]:
+def _settings(config: RunConfig, plan: Plan, memory: dict[str, str]) -> dict[str, str]:
     data, search, measure = config.data, config.search, config.measure
     caps = config.caps
     limits = [
@@ -120,10 +123,11 @@ def _settings(config: RunConfig, plan: Plan) -> dict[str, str]:
         "Objective": _objective(config),
         "Precision": f"{measure.dtype} on {measure.device}, {measure.threads} threads",
         "Search": f"{search.name}, seed {search.seed}, window {search.window}, "
-        f"{search.batch} sequences per evaluation",
+        f"{search.batch or preferred_sequences(search.name)} sequence(s) per evaluation",
         "Scorers": ", ".join(search.scorers),
         "Limits": "; ".join(limits) or "none",
         "Executor": f"{config.execution.executor}, {config.execution.workers} worker(s)",
+        **memory,
     }
 
 

@@ -18,6 +18,8 @@ from allocator.searches.surrogate_nsga2 import SurrogateNSGA2
 from allocator.searches.tpe import TPE
 from search_spaces.registry import Registry
 
+_SEQUENCES = 4  # of an evaluation, where a search has no wish of its own
+
 SearchFactory = Callable[[SearchSetting], Search]
 """A search class: made from a setting alone, its options have defaults."""
 
@@ -38,6 +40,12 @@ SEARCHES: Registry[SearchFactory] = Registry(
     },
     entry_point_group="model_allocator.searches",
 )
+
+
+def preferred_sequences(name: str) -> int:
+    """Sequences per evaluation that a search, or the most demanding of several, does best with."""
+    searches = (SEARCHES[part.strip()] for part in name.split(","))
+    return max(getattr(search, "preferred_sequences", _SEQUENCES) for search in searches)
 
 
 def make_search(name: str, setting: SearchSetting) -> Search:

@@ -81,6 +81,8 @@ class ModelGuided:
     """
 
     name: ClassVar[str] = "model_guided"
+    preferred_sequences: ClassVar[int] = 1
+    """Many candidates on little text each: the surrogate averages the noise over all of them."""
 
     def __init__(self, setting: SearchSetting, options: ModelGuidedOptions = _DEFAULTS) -> None:
         check_setting(setting)
@@ -94,6 +96,7 @@ class ModelGuided:
         self._waiting: list[Evaluation] = []
         self._surrogate: Surrogate | None = None
         self._asked: set[tuple[Assignment, Fidelity]] = set()
+        self._told: set[str] = set()
         self._num_asked = 0
         self._radius = max(2.0, options.first_changes * len(setting.problem.bytes))
         self._next_tuning = float(_FIRST_TUNING)
@@ -109,8 +112,9 @@ class ModelGuided:
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
         """Correct the surrogate; failed evaluations teach nothing and are never the best."""
         for evaluation in evaluations:
-            if not evaluation.ok:
+            if not evaluation.ok or evaluation.key in self._told:
                 continue
+            self._told.add(evaluation.key)
             if evaluation.assignment == self._setting.starts[0]:
                 indices = evaluation.fidelity.indices(self._setting.num_sequences)
                 self._reference.update(zip(indices, evaluation.sequence_nats, strict=True))

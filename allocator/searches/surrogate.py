@@ -60,6 +60,8 @@ class Spreads:
         )
 
 
+_FIRST_ROOM = 64  # measurements
+_FRESH_EVERY = 64
 _CORRECTIONS = (0.5, 1.0, 2.0)
 _MISFITS = (0.01, 0.025, 0.05, 0.1)
 
@@ -110,12 +112,15 @@ class Surrogate:
         self._reference_loss = reference_loss
         self._variances: Vector
         self._misfit: float
-        self._factor: tuple[Vector, Vector] | None
-        self._spread(spreads)
-        self._features: Vector = np.empty((0, len(self._variances)))
         self._observations: list[Observation] = []
         self._rows: dict[Assignment, int] = {}
         self._distinct: list[int] = []
+        num_features = int(self._begins[-1]) + 1
+        self._room: Vector = np.empty((_FIRST_ROOM, num_features))  # grows in doubling steps
+        self._kernel: Vector = np.empty((0, 0))
+        self._inverse: Vector = np.empty((0, 0))
+        self._posterior: tuple[Vector, Vector] | None = None
+        self._spread(spreads)
 
     @property
     def num_observations(self) -> int:
@@ -125,10 +130,24 @@ class Surrogate:
     def add(self, observation: Observation) -> None:
         """Take in one measurement."""
         row = self._feature_row(observation.assignment)
-        self._features = np.vstack([self._features, row])
+        count = len(self._observations)
+        if count == len(self._room):
+            self._room = np.vstack([self._room, np.empty_like(self._room)])
+        self._room[count] = row
         self._distinct.append(self._rows.setdefault(observation.assignment, len(self._rows)))
         self._observations.append(observation)
-        self._factor = None
+        kernel = self._features @ (self._variances * row)
+        self._kernel = _bordered(self._kernel, kernel[:-1], float(kernel[-1]))
+        if len(self._observations) % _FRESH_EVERY:
+            self._extend_inverse()
+        else:
+            self._invert()  # rounding errors do not pile up
+        self._posterior = None
+
+    @property
+    def _features(self) -> Vector:
+        """(num_observations, num_features) one row per measurement."""
+        return self._room[: len(self._observations)]
 
     def tune(self) -> None:
         """Choose how far to trust the prior, and misfit, by the evidence of what was measured.
@@ -185,52 +204,64 @@ class Surrogate:
         offset = np.array([spreads.offset * self._reference_loss])
         self._variances = np.concatenate([*scales, offset]) ** 2
         self._misfit = (spreads.misfit * self._reference_loss) ** 2
-        self._factor = None
+        self._kernel = (self._features * self._variances) @ self._features.T
+        self._invert()
+        self._posterior = None
 
     def _log_evidence(self) -> float:
         """Log marginal likelihood of the observations, up to a constant."""
-        inverse, residual = self._solve()
-        _, log_determinant = np.linalg.slogdet(inverse)
-        return float(0.5 * (log_determinant - residual @ inverse @ residual))
+        residual = self._residual()
+        _, log_determinant = np.linalg.slogdet(self._inverse)
+        return float(0.5 * (log_determinant - residual @ self._inverse @ residual))
 
     def _posterior_at_observed(self) -> tuple[Vector, Vector]:
         """Posterior mean and deviation of each distinct assignment's true loss."""
-        inverse, residual = self._solve()
-        first = [self._distinct.index(row) for row in range(len(self._rows))]
-        features = self._features[first]
-        covariance = (features * self._variances) @ self._features.T
-        same = np.array(self._distinct)[None, :] == np.arange(len(first))[:, None]
-        covariance += self._misfit * same
-        prior = self._prior_loss(features)
-        means = prior + covariance @ (inverse @ residual)
-        own = (features**2 * self._variances).sum(1) + self._misfit
-        reduction = np.einsum("ij,jk,ik->i", covariance, inverse, covariance)
-        return means, np.sqrt(np.maximum(own - reduction, 0.0))
+        if self._posterior is None:
+            first = np.unique(self._distinct, return_index=True)[1]
+            same = np.array(self._distinct)[None, :] == np.arange(len(first))[:, None]
+            covariance = self._kernel[first] + self._misfit * same
+            explained = covariance @ self._inverse
+            means = self._prior_loss(self._features[first]) + explained @ self._residual()
+            own = self._kernel[first, first] + self._misfit
+            reduction = (explained * covariance).sum(1)
+            self._posterior = means, np.sqrt(np.maximum(own - reduction, 0.0))
+        return self._posterior
 
     def _correction(self, weights: Vector, rng: np.random.Generator | None) -> Vector:
         """What the data add to a prior draw of the weights (Matheron's rule)."""
         if not self._observations:
             return np.zeros_like(weights)
-        inverse, residual = self._solve()
+        residual = self._residual()
         if rng is not None:
             noise = np.sqrt([o.variance for o in self._observations])
             misfit = rng.normal(size=len(self._rows)) * np.sqrt(self._misfit)
             drawn = self._features @ weights + misfit[self._distinct]
             residual = residual - drawn - rng.normal(size=len(noise)) * noise
-        correction: Vector = self._variances * (self._features.T @ (inverse @ residual))
+        correction: Vector = self._variances * (self._features.T @ (self._inverse @ residual))
         return correction
 
-    def _solve(self) -> tuple[Vector, Vector]:
-        """Inverse covariance of the observations, and what the prior mean leaves unexplained."""
-        if self._factor is None:
-            covariance = (self._features * self._variances) @ self._features.T
-            distinct = np.array(self._distinct)
-            covariance += self._misfit * (distinct[:, None] == distinct[None, :])
-            covariance += np.diag([o.variance for o in self._observations])
-            losses = np.array([o.loss for o in self._observations])
-            inverse: Vector = np.asarray(np.linalg.inv(covariance), np.float64)
-            self._factor = (inverse, losses - self._prior_loss(self._features))
-        return self._factor
+    def _residual(self) -> Vector:
+        """What the prior mean leaves unexplained of each measurement."""
+        losses = np.array([o.loss for o in self._observations])
+        return losses - self._prior_loss(self._features)
+
+    def _invert(self) -> None:
+        """The inverse covariance of the measurements, from scratch."""
+        distinct = np.array(self._distinct)
+        covariance = self._kernel + self._misfit * (distinct[:, None] == distinct[None, :])
+        covariance += np.diag([o.variance for o in self._observations])
+        self._inverse = np.asarray(np.linalg.inv(covariance), np.float64)
+
+    def _extend_inverse(self) -> None:
+        """The inverse with one more measurement, by the inverse of a bordered matrix."""
+        *others, latest = self._distinct
+        same = np.array(others) == latest
+        border = self._kernel[-1, :-1] + self._misfit * same
+        corner = self._kernel[-1, -1] + self._misfit + self._observations[-1].variance
+        solved = self._inverse @ border
+        left = float(corner - border @ solved)
+        grown = self._inverse + np.outer(solved, solved) / left
+        self._inverse = _bordered(grown, -solved / left, 1 / left)
 
     def _prior_loss(self, features: Vector) -> Vector:
         """The prior mean: the table's own sum, which is the feature of the overall factor."""
@@ -246,6 +277,15 @@ class Surrogate:
             for index, size in self._groups
         ]
         return np.concatenate([*parts, [1.0]])
+
+
+def _bordered(matrix: Vector, border: Vector, corner: float) -> Vector:
+    """A symmetric matrix with one more row and column."""
+    grown = np.empty((len(matrix) + 1, len(matrix) + 1))
+    grown[:-1, :-1] = matrix
+    grown[-1, :-1] = grown[:-1, -1] = border
+    grown[-1, -1] = corner
+    return grown
 
 
 def _number(keys: Sequence[tuple[str | int, int]]) -> NDArray[np.int64]:

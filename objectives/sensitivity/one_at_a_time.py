@@ -106,7 +106,7 @@ def fidelity_of(context: ScoringContext) -> Fidelity:
 
 
 def _measured(context: ScoringContext, assignment: Assignment, fidelity: Fidelity) -> Evaluation:
-    evaluation = context.evaluator(assignment, fidelity)
+    evaluation = context.evaluator.once(assignment, fidelity)
     if not evaluation.ok:
         raise ValueError(f"a measurement of one unit failed: {evaluation.error}")
     return evaluation
