@@ -9,7 +9,7 @@ RUN_MODEL := smollm2-135m
 RUN_BUDGET := 3.25bpw
 
 .PHONY: run test lint test-slow test-embedded test-all bench-solvers bench-searches bench-rows bench-rows-quality bench-spaces bench-influence \
-  schema clean
+  bench-measuring bench-anchors schema clean
 
 run: $(STAMP)
 	$(BIN)/allocator search $(RUN_MODEL) --space bits --budget $(RUN_BUDGET) --time 210s \

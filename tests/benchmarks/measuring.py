@@ -62,6 +62,7 @@ class Lab:
     """The model on the bench, and evaluators with and without reuse."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        self.count = options.count
         self.loaded = load_model(options.model, dtype=options.dtype, device=options.device)
         request = CalibrationRequest(
             options.text,
@@ -137,7 +138,7 @@ def prefix(lab: Lab) -> None:
         singles.append(((*uniform[:unit], uniform[unit] + 1, *uniform[unit + 1 :]), WINDOW))
     rng.shuffle(singles)
     streams = {"single swaps, uniform over depth": [(tuple(a), f) for a, f in singles]}
-    streams |= {name: lab.stream(name, 48) for name in ("evolution", "model_guided")}
+    streams |= {name: lab.stream(name, lab.count) for name in ("evolution", "model_guided")}
     print("| candidates | order | blocks run | speed-up |\n| --- | --- | ---: | ---: |")
     for name, stream in streams.items():
         for ordered in (False, True):
@@ -224,6 +225,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--count", type=int, default=48, help="candidates of a search's stream")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -41,11 +41,12 @@ class OneShot:
 
 @dataclass(frozen=True)
 class Searched:
-    """A search; ``prior`` names the table it starts from, empty where it starts from uniform."""
+    """A search: its prior table, empty where it starts from uniform; sequences it measures on."""
 
     make: Callable[[SearchSetting, int], Search]
     prior: str = ""
     feasible: str = "B"
+    sequences: int = 4
 
 
 def table(context: ScoringContext, scorer: str):
@@ -78,7 +79,11 @@ def searches(kind: str) -> dict[str, Searched]:
         "amq": Searched(lambda setting, batches: SurrogateNSGA2(setting)),
         "evolution A": Searched(evolution(kind, same_size_only=True), feasible="A"),
         "evolution B": Searched(evolution(kind, same_size_only=False)),
-        "model_guided": Searched(lambda setting, batches: ModelGuided(setting), prior="blend"),
+        "model_guided": Searched(
+            lambda setting, batches: ModelGuided(setting),
+            prior="blend",
+            sequences=ModelGuided.preferred_sequences,
+        ),
     }
 
 

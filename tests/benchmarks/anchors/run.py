@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -123,7 +124,7 @@ class Lab:
 
     def run_search(self, method: Searched, budget: str) -> list[tuple[int, tuple]]:
         """(tokens spent, best then) at each fraction of the tokens."""
-        setting = self.setting(budget, method.prior)
+        setting = replace(self.setting(budget, method.prior), batch_sequences=method.sequences)
         spent = self.cost(method.prior) if method.prior else 0
         left = self.options.tokens - spent
         batch = setting.batch_sequences * LENGTH
