@@ -89,7 +89,7 @@ class MeasureConfig(_Strict):
     """
 
     objective: Objective = "kl"
-    top_k: Annotated[int, Field(ge=0)] = 256
+    top_k: Annotated[int, Field(ge=0)] = 2048
     batch_size: Positive = 4
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"

@@ -15,7 +15,7 @@ from objectives.task import SequenceLosses
 from objectives.teacher import TeacherCache, keep_top, kl_per_token
 from objectives.tensor_file import write_tensors
 
-DEFAULT_TOP_K = 256
+DEFAULT_TOP_K = 2048
 
 
 class LanguageTask:

@@ -92,7 +92,7 @@ def profile_model(
     names = list(SCORERS) if compare_all and scorer == "blend" else scorer.split(",")
     for known in names:
         SCORERS[known]  # an unknown name is refused before anything is loaded
-    folder = run_folder(runs, name or default_name(model, f"profile-{space}-{budget}"))
+    folder = run_folder(runs, name or default_name(model, f"profile-{Path(space).stem}-{budget}"))
     if stream and compare_all:
         raise ValueError("--compare measures the whole model, --stream holds a block: drop one")
     if stream:
@@ -120,7 +120,7 @@ def profile_model(
                 )
     shown = session.space
     if found is not None:
-        _write_comparison(found, f"{Path(model).name}, {space} at {budget}", folder)
+        _write_comparison(found, f"{Path(model).name}, {Path(space).stem} at {budget}", folder)
     if as_json:
         print_json(_summary(folder, tables, shown, found))
     elif found is not None:

@@ -67,7 +67,7 @@ def search(
     num_heldout: Annotated[int, typer.Option(help="Sequences that only report.")] = 32,
     data_seed: Annotated[int, typer.Option(help="Orders the documents.")] = 0,
     objective: Annotated[str, typer.Option(help=f"One of {', '.join(OBJECTIVES)}.")] = "kl",
-    top_k: Annotated[int, typer.Option(help="Outcomes the teacher keeps; 0: all.")] = 256,
+    top_k: Annotated[int, typer.Option(help="Outcomes the teacher keeps; 0: all.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 4,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",

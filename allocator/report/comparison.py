@@ -75,8 +75,8 @@ def draw_comparison(comparison: Comparison, title: str, path: Path) -> None:
     found: tuple[Agreement, ...] = comparison.agreements[::-1]
     settings = {"svg.fonttype": "none", "svg.hashsalt": "model-allocator", "font.size": 10}
     with pyplot.rc_context(settings):
-        height = 1.6 + 0.28 * len(found)
-        figure, axes = pyplot.subplots(figsize=(7.2, height), layout="constrained")
+        size = (7.2, 1.6 + 0.28 * len(found))
+        figure, axes = pyplot.subplots(figsize=size, layout="constrained")
         for row, agreement in enumerate(found):
             ends = sorted((agreement.units_spearman, agreement.random_spearman))
             axes.plot(ends, [row, row], color="#c8ccd2", linewidth=2, zorder=1)
@@ -87,10 +87,11 @@ def draw_comparison(comparison: Comparison, title: str, path: Path) -> None:
             axes.scatter(values, range(len(found)), c=colour, marker=marker, s=34, label=label)
         axes.set_yticks(range(len(found)), [a.scorer for a in found])
         axes.axvline(0.0, color="#c8ccd2", linewidth=0.8, zorder=0)
-        axes.set_xlim(min(-0.05, *(a.units_spearman for a in found), -0.05) - 0.05, 1.03)
+        lowest = min(min(a.units_spearman, a.random_spearman) for a in found)
+        axes.set_xlim(min(lowest, 0.0) - 0.05, 1.03)
         axes.set_xlabel("Spearman rank correlation with measured loss")
         axes.set_title(title, fontsize=11)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.02 - 1.1 / height), ncols=2)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, metadata={"Date": None})
         pyplot.close(figure)

@@ -50,7 +50,7 @@ def load(path):
 def heldout_loss(run, model):
     """Held-out KL of a model, as the run measures it, to the run's own teacher."""
     calibration = Calibration.load(run / "calibration.safetensors")
-    task = LanguageTask(calibration, top_k=256, batch_size=4, cache_folder=run / "cache")
+    task = LanguageTask(calibration, batch_size=4, cache_folder=run / "cache")
     assert task.prepare(model, "heldout") == 0, "the teacher must come from the run"
     losses = task.sequence_losses(model, "heldout", range(4)).nats
     return sum(losses) / len(losses)

@@ -182,7 +182,7 @@ def teacher(lab: Lab) -> None:
         lab.bench.bank.swap(plan)
         losses = full.sequence_losses(lab.loaded.model, "search", range(BATCH))
         reference.append(np.mean(losses.nats))
-    for k in (16, 64, 256, 1024):
+    for k in (64, 256, 1024, 2048):
         task = LanguageTask(lab.text, top_k=k)
         lab.bench.bank.restore()
         task.prepare(lab.loaded.model, "search")

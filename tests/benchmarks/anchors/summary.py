@@ -84,13 +84,17 @@ def draw(records, path: Path) -> None:
                 curves[place][r["method"]][point["tokens"]].append(np.mean(point["heldout"]))
         elif r["method"] == "uniform":
             level[place].append(np.mean(r["points"][0]["heldout"]))
+    for methods in curves.values():  # means over different seeds would mislead
+        most = max(len(v) for points in methods.values() for v in points.values())
+        for name in [n for n, p in methods.items() if min(map(len, p.values())) < most]:
+            del methods[name]
     places = list(curves)
     if not places:
         return
     colours = dict(
         zip(sorted({m for c in curves.values() for m in c}), pyplot.cm.tab10.colors, strict=False)
     )
-    size = (5.2 * len(places), 4.0)
+    size = (4.6 * len(places) + 1.8, 4.0)
     with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "anchors", "font.size": 10}):
         figure, panels = pyplot.subplots(1, len(places), figsize=size, squeeze=False)
         for axes, place in zip(panels[0], places, strict=True):
@@ -104,7 +108,7 @@ def draw(records, path: Path) -> None:
             axes.set(xscale="log", xlabel="tokens, statistics included", ylabel="held-out nats")
             axes.set_title(f"{place[0]}, {place[1]}")
             axes.spines[["top", "right"]].set_visible(False)
-        panels[0][-1].legend(frameon=False, fontsize=9)
+        panels[0][-1].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.tight_layout()
         figure.savefig(path, metadata={"Date": None})
         pyplot.close(figure)
