@@ -47,14 +47,16 @@ def test_one_at_a_time_is_the_measured_loss_of_each_unit_alone(context):
     assert all(row[2] == 0.0 for row in rows)
 
 
-def test_measuring_in_the_order_of_depth_runs_about_half_of_the_blocks(context):
-    context.meter.block_counts.clear()
-    context.meter.counts.clear()
+def test_measuring_in_the_order_of_depth_runs_about_half_of_the_blocks():
+    model, calibration = trained()
+    context = make_context(model, calibration, MENU, needs=(), num_sequences=4)
     context.meter.num_blocks = 6
     table("one_at_a_time", context)
     tokens, blocks = context.meter.counts["statistics"], context.meter.block_counts["statistics"]
-    assert tokens >= 42 * 2 * 4 * 64
+    assert tokens == (1 + 42 * 2) * 4 * 64  # dense, then every option but the dense one
     assert blocks < 0.65 * 6 * tokens
+    table("marginal_perplexity", context)  # the same measurements, read another way
+    assert context.meter.counts["statistics"] == tokens
 
 
 def test_incumbent_moves_the_point_that_changes_are_measured_from(context):
