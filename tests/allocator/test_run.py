@@ -192,7 +192,7 @@ def test_a_second_budget_reuses_the_loss_tables(run):
     assert spent.keys() == {"teacher", "search", "guard", "heldout"}
     space = load_space(run / "space.json")
     ours, theirs = (load_losses(folder / "losses.npz", space) for folder in (run, second))
-    for name in SCORERS:
+    for name in SCORED:
         assert all(
             (a == b).all() for a, b in zip(ours[name].losses, theirs[name].losses, strict=True)
         )

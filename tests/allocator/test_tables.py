@@ -100,9 +100,9 @@ def test_tables_have_the_spaces_shape_and_every_cell_is_recorded(bench):
         assert table.unit == SCORERS[name].unit
         assert [len(row) for row in table.losses] == [len(menu) for menu in bench.space.menus]
     assert len(records.of("cell")) == len(ALL_NAMES) * num_cells(bench.space)
-    assert records.of("tokens") == [
-        {"type": "tokens", "counts": {"statistics": 20, "statistics_backward": 40}}
-    ]
+    (tokens,) = records.of("tokens")
+    assert tokens["counts"] == {"statistics": 20, "statistics_backward": 40}
+    assert tokens["block_counts"] == {"statistics": 2 * 20, "statistics_backward": 2 * 40}
     assert reporter.stages[0] == ("statistics", 2)
     assert ("scoring: fisher", num_cells(bench.space)) in reporter.stages
 
