@@ -77,5 +77,6 @@ def exact_survivors(
     counts = np.floor(wanted + 1e-9).astype(np.int64)
     missing = num_kept - int(counts.sum())
     assert 0 <= missing <= len(counts), missing
-    counts[np.argsort(counts - wanted, kind="stable")[:missing]] += 1
+    # Shares that differ by less than rounding still round in their own order.
+    counts[np.lexsort((-keep, counts - wanted))[:missing]] += 1
     return counts

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from language import offering, random_model, random_tokens, trained
 from scoring import context_of, make_context
@@ -86,6 +86,7 @@ def test_ranks_count_the_scores_below(columns, dtype):
     st.floats(0.0, 0.9),
     st.floats(0.0, 0.3),
 )
+@example([(0.0, 8), (1.0, 3), (1.5248437379257346e-264, 8)], 0.25, 0.0)
 @settings(derandomize=True, max_examples=200, deadline=None)
 def test_survivors_meet_the_total_to_the_weight(rows, removed, floor):
     keep, columns = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
