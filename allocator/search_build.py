@@ -19,9 +19,9 @@ from allocator.bench import Bench
 from allocator.problem import Problem
 from allocator.ratio_plans import removed_ratios
 from allocator.reporter import Reporter
-from allocator.searches import make_search
+from allocator.searches import make_search, needs_importances
 from allocator.searches.base import FrontPoint, Noting, Search, SearchSetting
-from allocator.searches.model_guided import ModelGuided
+from allocator.searches.model_guided import corrected_table
 from allocator.searches.thinning import Kept, Thinned, thinned_setting, undominated, widen
 from allocator.searches.warm import WarmStarted
 from objectives.evaluation import Evaluation
@@ -30,7 +30,6 @@ from objectives.sensitivity import LossTable
 from search_spaces.space import Assignment, SearchSpace
 
 NUM_SAMPLES = 256
-_NEEDS_SAMPLES = "formula"
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def with_samples(
     Raises:
         ValueError: The space has caches, or inputs that cannot be observed.
     """
-    if _NEEDS_SAMPLES not in [part.strip() for part in name.split(",")]:
+    if not needs_importances(name):
         return setting
     recorded = next((r["samples"] for r in records.records if r["type"] == "importances"), None)
     if recorded is None:
@@ -155,8 +154,8 @@ def refit(
     """The table of a setting corrected by everything that was measured, in nats per token.
 
     It is the posterior mean of :mod:`allocator.searches.surrogate`, for solving other budgets with
-    what this run has learned. ``None`` unless the first start was measured on all search text.
+    what this run has learned. ``None`` unless the first start was measured.
     """
-    model = ModelGuided(setting)
-    model.tell(list(evaluations))
-    return model.table()
+    table = corrected_table(setting)
+    table.tell(evaluations)
+    return table.losses()

@@ -6,9 +6,8 @@ every measurement corrects a Bayesian surrogate of the table, and each proposal 
 optimum (dynamic programming over bytes) of a posterior sample: Thompson sampling with a
 combinatorial oracle. No proposal can break the budget.
 
-Text differs in difficulty far more than good assignments differ in loss, so every measurement is
-compared with the first start's on the same sequences, and the losses it stands for are those of
-the whole split.
+Every candidate is compared with the first start on the same text, which has to be measured on that
+text first. So the search begins on a few windows of the split and opens more as candidates come in.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allocator.searches.base import Proposal, SearchSetting
+from allocator.searches.corrected_table import CorrectedTable
 from allocator.searches.repair import check_setting
-from allocator.searches.surrogate import Observation, Spreads, Surrogate
+from allocator.searches.surrogate import Spreads
 from allocator.solvers.dynamic import Oracle
 from objectives.evaluation import Evaluation, Fidelity
 from search_spaces.space import Assignment
@@ -34,6 +34,8 @@ class ModelGuidedOptions:
 
     Attributes:
         spreads: Prior standard deviations of the surrogate.
+        first_sequences: The search begins on so many sequences of the split, or one window.
+        per_window: The windows in use are doubled when so many candidates were measured for each.
         confirm_every: Every so many proposals the best assignment so far is measured on text it
             has not seen, while there is any.
         exploit_every: Every so many proposals the posterior mean is decoded instead of a sample.
@@ -43,28 +45,31 @@ class ModelGuidedOptions:
             first: the trust radius.
         least_changes: The trust radius never falls below this share of the units.
         shrink: Factor of the trust radius after a proposal that was not the best.
+        patience: The search ends when the posterior mean's optimum has promised so many times in a
+            row less than half of the deviation with which the best assignment's loss is known.
     """
 
     spreads: Spreads = field(default_factory=Spreads)
+    first_sequences: int = 8
+    per_window: int = 6
     confirm_every: int = 6
     exploit_every: int = 3
     temperature: float = 0.5
     first_changes: float = 0.3
     least_changes: float = 0.1
     shrink: float = 0.95
+    patience: int = 32
 
     def __post_init__(self) -> None:
-        if self.confirm_every < 1 or self.exploit_every < 1:
-            raise ValueError(
-                "confirm_every and exploit_every must be at least 1, "
-                f"got {self.confirm_every} and {self.exploit_every}"
-            )
+        whole = ("first_sequences", "per_window", "confirm_every", "exploit_every", "patience")
+        for name in whole:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 _DEFAULTS = ModelGuidedOptions()
 _MOST_ATTEMPTS = 8
 _BISECTIONS = 10
-_FIRST_TUNING = 16  # observations
 
 
 def _distance(ours: Assignment, theirs: Assignment) -> int:
@@ -91,53 +96,58 @@ class ModelGuided:
         self._rng = np.random.default_rng(setting.seed)
         self._oracle = Oracle(setting.problem.bytes)
         self._num_windows = -(-setting.num_sequences // setting.batch_sequences)
+        first = max(1, options.first_sequences // setting.batch_sequences)
+        self._num_open = min(first, self._num_windows)
+        self._table = corrected_table(setting, options)
         self._queue = self._opening()
-        self._reference: dict[int, float] = {}
-        self._waiting: list[Evaluation] = []
-        self._surrogate: Surrogate | None = None
         self._asked: set[tuple[Assignment, Fidelity]] = set()
-        self._told: set[str] = set()
         self._num_asked = 0
+        self._num_candidates = 0
         self._radius = max(2.0, options.first_changes * len(setting.problem.bytes))
-        self._next_tuning = float(_FIRST_TUNING)
+        self._promise: tuple[float, float] | None = None
+        self._num_hopeless = 0
 
     def ask(self, count: int, pending: Collection[Assignment]) -> list[Proposal]:
         """The opening first; then posterior samples, decoded exactly.
 
-        Nothing more comes once only assignments that are already measured on all text come out.
+        Nothing more comes once only assignments that are already measured on all text come out,
+        or once the expected improvement has been below the noise for long.
         """
         proposals = (self._propose(pending) for _ in range(count))
         return [proposal for proposal in proposals if proposal is not None]
 
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
-        """Correct the surrogate; failed evaluations teach nothing and are never the best."""
+        """Correct the table; failed evaluations teach nothing and are never the best."""
         for evaluation in evaluations:
-            if not evaluation.ok or evaluation.key in self._told:
-                continue
-            self._told.add(evaluation.key)
-            if evaluation.assignment == self._setting.starts[0]:
-                indices = evaluation.fidelity.indices(self._setting.num_sequences)
-                self._reference.update(zip(indices, evaluation.sequence_nats, strict=True))
-            self._waiting.append(evaluation)
-        self._digest()
+            before = self.best
+            for used in self._table.tell([evaluation]):
+                self._adapt(before, used.assignment)
+        if (
+            self._num_open < self._num_windows
+            and self._num_candidates >= self._options.per_window * self._num_open
+        ):
+            self._open_windows()
 
     @property
     def best(self) -> Assignment | None:
         """The measured assignment of least posterior loss."""
-        if self._surrogate is not None and (found := self._surrogate.best()) is not None:
-            return found[0]
-        ok = [evaluation for evaluation in self._waiting if evaluation.ok]
-        return min(ok, key=lambda e: e.loss_nats).assignment if ok else None
+        return self._table.best()
 
-    def table(self) -> tuple[NDArray[np.float64], ...] | None:
-        """The corrected losses of every option, nats; ``None`` before the reference is measured."""
-        return None if self._surrogate is None else tuple(self._surrogate.table())
+    def notes(self) -> dict[str, float]:
+        """What the posterior mean's optimum promises over the best, and how well that is known."""
+        if self._promise is None:
+            return {}
+        gain, noise = self._promise
+        return {"expected_improvement_nats": gain, "best_deviation_nats": noise}
 
     def _opening(self) -> list[Proposal]:
-        """The first start on all windows, which is what others are compared with; then the rest."""
+        """The first start on the first windows, which others are compared with; then the rest."""
         first, *others = self._setting.starts
-        reference = [Proposal(first, self._setting.fidelity(w)) for w in range(self._num_windows)]
-        rest = [Proposal(start, self._setting.fidelity(i)) for i, start in enumerate(others)]
+        reference = [Proposal(first, self._setting.fidelity(w)) for w in range(self._num_open)]
+        rest = [
+            Proposal(start, self._setting.fidelity(i % self._num_open))
+            for i, start in enumerate(others)
+        ]
         return [reference[0], *rest, *reference[1:]]
 
     def _propose(self, pending: Collection[Assignment]) -> Proposal | None:
@@ -147,8 +157,9 @@ class ModelGuided:
         turn = self._num_asked
         if turn % self._options.confirm_every == 0 and (again := self._confirmation()) is not None:
             return self._note(again)
-        window = self._setting.fidelity(turn)
-        for attempt in range(_MOST_ATTEMPTS):
+        window = self._setting.fidelity(turn % self._num_open)
+        hopeless = self._num_hopeless >= self._options.patience
+        for attempt in range(0 if hopeless else _MOST_ATTEMPTS):
             greedy = turn % self._options.exploit_every == 0 and attempt == 0
             proposal = Proposal(self._decode(greedy=greedy), window)
             if proposal.assignment not in pending and (
@@ -157,39 +168,64 @@ class ModelGuided:
                 return self._note(proposal)
         # Samples bring nothing new: read more text with the best ones, or stop.
         again = self._confirmation()
+        if again is None and not hopeless and self._num_open < self._num_windows:
+            self._open_windows()
+            again = self._queue.pop(0)
         return None if again is None else self._note(again)
 
     def _note(self, proposal: Proposal) -> Proposal:
         self._asked.add((proposal.assignment, proposal.fidelity))
         return proposal
 
+    def _open_windows(self) -> None:
+        """Twice as many windows; the first start is measured on the new ones next."""
+        opened = min(2 * self._num_open, self._num_windows)
+        first = self._setting.starts[0]
+        self._queue += [
+            Proposal(first, self._setting.fidelity(w)) for w in range(self._num_open, opened)
+        ]
+        self._num_open = opened
+
     def _decode(self, *, greedy: bool) -> Assignment:
         """The exact optimum of the posterior mean, or of a sample."""
-        problem = self._setting.problem
-        if self._surrogate is None:
+        problem, surrogate, centre = self._setting.problem, self._table.surrogate, self.best
+        if surrogate is None or centre is None:
             losses = [
                 row * np.exp(self._rng.normal(scale=0.3, size=len(row))) for row in problem.losses
             ]
-        else:
-            losses = self._surrogate.table(
-                None if greedy else self._rng, temperature=self._options.temperature
-            )
-        choice = self._oracle.solve(losses, problem.budget_bytes).choice
-        return choice if self._surrogate is None else self._pull(choice, losses)
+            return self._oracle.solve(losses, problem.budget_bytes).choice
+        losses = surrogate.table(
+            None if greedy else self._rng,
+            temperature=self._options.temperature,
+            centre=centre,
+        )
+        choice = self._pull(self._oracle.solve(losses, problem.budget_bytes).choice, losses, centre)
+        if greedy:
+            self._judge(losses, centre, choice)
+        return choice
 
-    def _pull(self, choice: Assignment, losses: Sequence[NDArray[np.float64]]) -> Assignment:
+    def _judge(
+        self, losses: Sequence[NDArray[np.float64]], centre: Assignment, choice: Assignment
+    ) -> None:
+        """Whether the posterior mean still promises more than is noise."""
+        found = None if self._table.surrogate is None else self._table.surrogate.best()
+        assert found is not None, "decoded without a best assignment"
+        gain = sum(float(r[i] - r[j]) for r, i, j in zip(losses, centre, choice, strict=True))
+        self._promise = gain, found[2]
+        self._num_hopeless = self._num_hopeless + 1 if gain < found[2] / 2 else 0
+
+    def _pull(
+        self, choice: Assignment, losses: Sequence[NDArray[np.float64]], centre: Assignment
+    ) -> Assignment:
         """Keep a proposal within the trust radius of the best assignment, still decoded exactly.
 
         Every option that the best assignment does not take is charged the same extra loss, just
         enough (by bisection) that no more than ``radius`` units change.
         """
-        centre = self.best
-        assert centre is not None
         if _distance(choice, centre) <= self._radius:
             return choice
         budget = self._setting.problem.budget_bytes
-        total = sum(float(row[i]) for row, i in zip(losses, centre, strict=True))
-        low, high = 0.0, total
+        low, high = 0.0, sum(float(np.ptp(row)) for row in losses)
         for _ in range(_BISECTIONS):
             charge = (low * high) ** 0.5 if low > 0 else high * 1e-3
             charged = [
@@ -204,83 +240,32 @@ class ModelGuided:
         return choice if _distance(choice, centre) <= self._radius else centre
 
     def _confirmation(self) -> Proposal | None:
-        """The best assignments so far on windows they have not been measured on."""
-        if self._surrogate is None:
+        """The best assignments so far on open windows they have not been measured on."""
+        if self._table.surrogate is None:
             return None
-        for assignment in self._surrogate.ranked()[:3]:
-            for window in range(self._num_windows):
+        for assignment in self._table.surrogate.ranked()[:3]:
+            for window in range(self._num_open):
                 fidelity = self._setting.fidelity(window)
                 if (assignment, fidelity) not in self._asked:
                     return Proposal(assignment, fidelity)
         return None
 
-    def _digest(self) -> None:
-        """Turn evaluations whose reference is known into observations."""
-        if len(self._reference) < self._setting.num_sequences:
-            return
-        total = float(np.mean(list(self._reference.values())))
-        if self._surrogate is None:
-            self._surrogate = self._make_surrogate(total)
-        for evaluation in self._waiting:
-            before = self.best
-            self._surrogate.add(self._observe(evaluation, total))
-            self._adapt(before, evaluation.assignment)
-        self._waiting = []
-        if self._surrogate.num_observations >= self._next_tuning:
-            self._next_tuning = self._surrogate.num_observations * 1.5
-            self._surrogate.tune()
-
     def _adapt(self, before: Assignment | None, told: Assignment) -> None:
         """Widen the trust radius after an improvement, narrow it after a proposal that failed."""
-        if before is None or told == before or told in self._setting.starts:
+        if told in self._setting.starts:
+            return
+        self._num_candidates += 1
+        if before is None or told == before:
             return
         factor = 1.5 if self.best == told else self._options.shrink
         least = max(2.0, self._options.least_changes * len(told))
         self._radius = min(max(self._radius * factor, least), float(len(told)))
 
-    def _make_surrogate(self, reference_loss: float) -> Surrogate:
-        """The table scaled so that it explains the first start's measured loss."""
-        problem, first = self._setting.problem, self._setting.starts[0]
-        predicted = problem.total_loss(first)
-        scale = reference_loss / predicted if predicted > 0 and reference_loss > 0 else 1.0
-        floor = 1e-6 * abs(reference_loss) / len(problem.losses)
-        return Surrogate(
-            [np.maximum(row * scale, floor) for row in problem.losses],
-            self._setting.kinds,
-            self._setting.depths,
-            reference_loss=abs(reference_loss),
-            spreads=self._options.spreads,
-        )
 
-    def _observe(self, evaluation: Evaluation, total: float) -> Observation:
-        """The loss on the whole split that a measurement on part of it stands for.
-
-        Hard sequences lose more under every assignment, in proportion: the ratio to the reference
-        on the same sequences is what carries over (the ratio estimator of survey sampling).
-        """
-        indices = evaluation.fidelity.indices(self._setting.num_sequences)
-        ours = np.array(evaluation.sequence_nats)
-        theirs = np.array([self._reference[i] for i in indices])
-        if self._proportional(total):
-            ratio = float(ours.mean() / theirs.mean())
-            deviations = ours - ratio * theirs
-            loss = ratio * total
-        else:
-            deviations = ours - theirs
-            loss = total + float(deviations.mean())
-        spread = float(deviations.std(ddof=1)) if len(ours) > 1 else 0.1 * abs(total)
-        unseen = 1 - len(ours) / self._setting.num_sequences
-        variance = unseen * spread**2 / len(ours) + (1e-3 * total) ** 2
-        return Observation(evaluation.assignment, loss, variance)
-
-    def _proportional(self, total: float) -> bool:
-        """Whether the reference is clearly positive on every window, so that ratios mean something.
-
-        A KL is; the increase of another loss over the dense model's need not be.
-        """
-        windows = [
-            self._setting.fidelity(w).indices(self._setting.num_sequences)
-            for w in range(self._num_windows)
-        ]
-        means = [np.mean([self._reference[i] for i in window]) for window in windows]
-        return bool(min(means) > 0.2 * total > 0)
+def corrected_table(
+    setting: SearchSetting, options: ModelGuidedOptions = _DEFAULTS
+) -> CorrectedTable:
+    """The table that the search of a setting corrects."""
+    windows = max(1, options.first_sequences // setting.batch_sequences)
+    num_reference = min(windows * setting.batch_sequences, setting.num_sequences)
+    return CorrectedTable(setting, options.spreads, num_reference=num_reference)

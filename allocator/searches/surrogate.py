@@ -5,19 +5,21 @@ assignments must correct a thousand of them. The loss of an assignment is modell
 units of ``prior cell x (1 + corrections)``, where the corrections are shared at several levels (all
 cells, a projection class at an option, a block at an option, a unit, one cell), each with its own
 prior spread. What cannot be learned about one cell is then learned about its relatives, and the
-rest stays at the prior. Everything is Gaussian: posteriors are exact, and a posterior sample of the
-whole table is one small linear solve (Matheron's rule).
+rest stays at the prior. Pairs of units have pooled corrections too, which count linearised at a
+given assignment, so that an exact solver can still decode the table. Everything is Gaussian:
+posteriors are exact, and a posterior sample of the whole table is one small linear solve
+(Matheron's rule).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
+from allocator.searches.interactions import Interactions
 from search_spaces.space import Assignment
 
 Vector = NDArray[np.float64]
@@ -27,8 +29,8 @@ Vector = NDArray[np.float64]
 class Spreads:
     """Prior standard deviations.
 
-    All but the last two are relative to a cell's prior loss; ``offset`` and ``misfit`` are relative
-    to the loss of the reference assignment.
+    Those of cells are relative to a cell's prior loss; ``offset`` and ``misfit`` are relative to
+    the loss of the reference assignment.
 
     Attributes:
         overall: Of a factor common to all cells.
@@ -36,8 +38,10 @@ class Spreads:
         depth: Of a factor for a block at an option.
         unit: Of a factor for a unit.
         cell: Of a factor for one option of one unit.
+        pair: Of the weight of a pooled product of two units' deviations.
         offset: Of a constant: what no cell explains.
-        misfit: Of the part of one assignment's loss that no sum of cells explains.
+        misfit: Of the part of one assignment's loss that neither cells nor pairs explain.
+        noise: Factor of the measurements' stated deviations.
     """
 
     overall: float = 0.2
@@ -45,25 +49,36 @@ class Spreads:
     depth: float = 0.3
     unit: float = 0.3
     cell: float = 0.3
+    pair: float = 0.1
     offset: float = 0.2
     misfit: float = 0.05
+    noise: float = 1.0
 
-    def scaled(self, corrections: float, misfit: float) -> Spreads:
-        """With the cells' corrections multiplied and another misfit."""
+    def scaled(self, *, corrections: float, pairs: float, misfits: float, noise: float) -> Spreads:
+        """With the cells' corrections, pairs, misfit and noise multiplied."""
         return replace(
             self,
             kind=self.kind * corrections,
             depth=self.depth * corrections,
             unit=self.unit * corrections,
             cell=self.cell * corrections,
-            misfit=misfit,
+            pair=self.pair * pairs,
+            misfit=self.misfit * misfits,
+            noise=self.noise * noise,
         )
 
 
 _FIRST_ROOM = 64  # measurements
 _FRESH_EVERY = 64
-_CORRECTIONS = (0.5, 1.0, 2.0)
-_MISFITS = (0.01, 0.025, 0.05, 0.1)
+_GRID = {
+    "corrections": (0.5, 1.0, 2.0),
+    "pairs": (0.0, 1.0, 3.0),
+    "misfits": (0.2, 0.5, 1.0, 2.0),
+    "noise": (0.5, 1.0, 2.0),
+}
+_ROUNDS = 2  # over the grid's dimensions, one at a time
+_UNTUNED = {"corrections": 1.0, "pairs": 0.0, "misfits": 1.0, "noise": 1.0}
+_PAIRS_EVIDENCE = 3.0  # nats; interactions that are weaker than that cost more than they teach
 
 
 @dataclass(frozen=True)
@@ -82,7 +97,8 @@ class Surrogate:
         cells: For each unit a (num_options,) array of prior losses, in the unit of measured losses.
         kinds: For each unit its projection class.
         depths: For each unit its block.
-        reference_loss: Measured loss that ``offset`` and ``misfit`` are relative to.
+        reference: The assignment that pairs' deviations are counted from.
+        reference_loss: Its measured loss, that ``offset`` and ``misfit`` are relative to.
         spreads: Prior standard deviations.
     """
 
@@ -92,9 +108,11 @@ class Surrogate:
         kinds: Sequence[str],
         depths: Sequence[int],
         *,
+        reference: Assignment,
         reference_loss: float,
         spreads: Spreads,
     ) -> None:
+        self._interactions = Interactions(cells, kinds, depths, reference)
         self._starts = np.concatenate([[0], np.cumsum([len(row) for row in cells])])
         self._prior = np.concatenate(cells)
         unit_of = np.repeat(np.arange(len(cells)), [len(row) for row in cells])
@@ -112,15 +130,16 @@ class Surrogate:
         self._reference_loss = reference_loss
         self._variances: Vector
         self._misfit: float
+        self._noise_factor: float
         self._observations: list[Observation] = []
         self._rows: dict[Assignment, int] = {}
         self._distinct: list[int] = []
-        num_features = int(self._begins[-1]) + 1
+        num_features = int(self._begins[-1]) + self._interactions.num_features + 1
         self._room: Vector = np.empty((_FIRST_ROOM, num_features))  # grows in doubling steps
         self._kernel: Vector = np.empty((0, 0))
         self._inverse: Vector = np.empty((0, 0))
         self._posterior: tuple[Vector, Vector] | None = None
-        self._spread(spreads)
+        self._spread(spreads.scaled(**_UNTUNED))
 
     @property
     def num_observations(self) -> int:
@@ -152,24 +171,34 @@ class Surrogate:
     def tune(self) -> None:
         """Choose how far to trust the prior, and misfit, by the evidence of what was measured.
 
-        The log marginal likelihood of the observations is maximised over a small grid: with few
-        observations the prior wins, with many the data do.
+        The log marginal likelihood of the observations is maximised over a small grid, one
+        dimension after the other: with few observations the prior wins, with many the data do.
+        Pairs count nothing before the evidence clearly asks for them.
         """
-        grid = [self._base.scaled(c, m) for c, m in product(_CORRECTIONS, _MISFITS)]
-        evidence = []
-        for spreads in grid:
-            self._spread(spreads)
-            evidence.append(self._log_evidence())
-        self._spread(grid[int(np.argmax(evidence))])
+        chosen = dict(_UNTUNED)
+        for name in [*_GRID] * _ROUNDS:
+            evidence = []
+            for value in _GRID[name]:
+                self._spread(self._base.scaled(**{**chosen, name: value}))
+                handicap = _PAIRS_EVIDENCE if name == "pairs" and value > 0 else 0.0
+                evidence.append(self._log_evidence() - handicap)
+            chosen[name] = _GRID[name][int(np.argmax(evidence))]
+        self._spread(self._base.scaled(**chosen))
 
     def table(
-        self, rng: np.random.Generator | None = None, *, temperature: float = 1.0
+        self,
+        rng: np.random.Generator | None = None,
+        *,
+        temperature: float = 1.0,
+        centre: Assignment | None = None,
     ) -> list[Vector]:
         """Cells' losses: the posterior mean, or a posterior sample when given a generator.
 
         Args:
             rng: Draws the sample.
             temperature: Scales the sample's deviation from the posterior mean.
+            centre: Pairs count as they do for one change of this assignment, exactly; ``None``
+                for the reference, where they count nothing.
         """
         weights = self._correction(np.zeros(len(self._variances)), None)
         if rng is not None:
@@ -179,8 +208,11 @@ class Surrogate:
         factors = np.ones(len(self._prior))
         for (index, _), begin in zip(self._groups, self._begins, strict=False):
             factors += weights[begin + index]
-        cells = self._prior * np.clip(factors, 0.05, 20.0)
-        return np.split(cells, self._starts[1:-1])
+        cells = np.split(self._prior * np.clip(factors, 0.05, 20.0), self._starts[1:-1])
+        if centre is None:
+            return cells
+        slopes = self._interactions.slopes(weights[self._begins[-1] : -1], centre)
+        return [row + slope for row, slope in zip(cells, slopes, strict=True)]
 
     def best(self) -> tuple[Assignment, float, float] | None:
         """The measured assignment of least posterior mean, with that mean and its deviation."""
@@ -201,9 +233,11 @@ class Surrogate:
         relative = (spreads.overall, spreads.kind, spreads.depth, spreads.unit, spreads.cell)
         sizes = [size for _, size in self._groups]
         scales = [np.full(size, spread) for size, spread in zip(sizes, relative, strict=True)]
+        pairs = np.full(self._interactions.num_features, spreads.pair)
         offset = np.array([spreads.offset * self._reference_loss])
-        self._variances = np.concatenate([*scales, offset]) ** 2
+        self._variances = np.concatenate([*scales, pairs, offset]) ** 2
         self._misfit = (spreads.misfit * self._reference_loss) ** 2
+        self._noise_factor = spreads.noise**2
         self._kernel = (self._features * self._variances) @ self._features.T
         self._invert()
         self._posterior = None
@@ -233,7 +267,7 @@ class Surrogate:
             return np.zeros_like(weights)
         residual = self._residual()
         if rng is not None:
-            noise = np.sqrt([o.variance for o in self._observations])
+            noise = np.sqrt([self._noise_of(o) for o in self._observations])
             misfit = rng.normal(size=len(self._rows)) * np.sqrt(self._misfit)
             drawn = self._features @ weights + misfit[self._distinct]
             residual = residual - drawn - rng.normal(size=len(noise)) * noise
@@ -249,7 +283,7 @@ class Surrogate:
         """The inverse covariance of the measurements, from scratch."""
         distinct = np.array(self._distinct)
         covariance = self._kernel + self._misfit * (distinct[:, None] == distinct[None, :])
-        covariance += np.diag([o.variance for o in self._observations])
+        covariance += np.diag([self._noise_of(o) for o in self._observations])
         self._inverse = np.asarray(np.linalg.inv(covariance), np.float64)
 
     def _extend_inverse(self) -> None:
@@ -257,11 +291,16 @@ class Surrogate:
         *others, latest = self._distinct
         same = np.array(others) == latest
         border = self._kernel[-1, :-1] + self._misfit * same
-        corner = self._kernel[-1, -1] + self._misfit + self._observations[-1].variance
+        noise = self._noise_of(self._observations[-1])
+        corner = self._kernel[-1, -1] + self._misfit + noise
         solved = self._inverse @ border
         left = float(corner - border @ solved)
         grown = self._inverse + np.outer(solved, solved) / left
         self._inverse = _bordered(grown, -solved / left, 1 / left)
+
+    def _noise_of(self, observation: Observation) -> float:
+        """Variance of a measurement."""
+        return observation.variance * self._noise_factor
 
     def _prior_loss(self, features: Vector) -> Vector:
         """The prior mean: the table's own sum, which is the feature of the overall factor."""
@@ -269,14 +308,14 @@ class Surrogate:
         return total
 
     def _feature_row(self, assignment: Assignment) -> Vector:
-        """Prior losses of the chosen cells, summed by group; the last feature is the offset."""
+        """Prior losses of the chosen cells by group; pairs; the last feature is the offset."""
         chosen = self._starts[:-1] + np.array(assignment)
         losses = self._prior[chosen]
         parts = [
             np.bincount(index[chosen], weights=losses, minlength=size)
             for index, size in self._groups
         ]
-        return np.concatenate([*parts, [1.0]])
+        return np.concatenate([*parts, self._interactions.features(assignment), [1.0]])
 
 
 def _bordered(matrix: Vector, border: Vector, corner: float) -> Vector:

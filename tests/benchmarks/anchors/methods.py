@@ -41,12 +41,16 @@ class OneShot:
 
 @dataclass(frozen=True)
 class Searched:
-    """A search: its prior table, empty where it starts from uniform; sequences it measures on."""
+    """A search: its prior table, empty where it starts from uniform; sequences it measures on.
+
+    ``multiple`` is how many times the tokens of the others it may read.
+    """
 
     make: Callable[[SearchSetting, int], Search]
     prior: str = ""
     feasible: str = "B"
     sequences: int = 4
+    multiple: int = 1
 
 
 def table(context: ScoringContext, scorer: str):
@@ -59,11 +63,13 @@ def table(context: ScoringContext, scorer: str):
     return tuple(np.array([next(losses) for _ in menu]) for menu in menus)
 
 
-def evolution(kind: str, *, same_size_only: bool) -> Callable[[SearchSetting, int], Search]:
-    """EvoPress, its published schedule rescaled to so many batches."""
+def evolution(
+    kind: str, length: int, *, same_size_only: bool
+) -> Callable[[SearchSetting, int], Search]:
+    """EvoPress, its published schedule rescaled to so many batches of sequences of a length."""
 
     def make(setting: SearchSetting, num_batches: int) -> Search:
-        batch_tokens = setting.batch_sequences * 256
+        batch_tokens = setting.batch_sequences * length
         published = EvolutionOptions.published(kind, tokens_per_batch=batch_tokens)
         options = replace(published.rescaled(num_batches), same_size_only=same_size_only)
         return Evolution(setting, replace(options, num_generations=None))
@@ -71,19 +77,26 @@ def evolution(kind: str, *, same_size_only: bool) -> Callable[[SearchSetting, in
     return make
 
 
-def searches(kind: str) -> dict[str, Searched]:
-    """The searches of the table; ``kind`` is ``bits`` or ``sparsity``."""
+ON_REQUEST = ("evolution B, 10 x tokens", "model_guided, 4 sequences")
+
+
+def searches(kind: str, length: int) -> dict[str, Searched]:
+    """The searches of the table; ``kind`` is ``bits`` or ``sparsity``.
+
+    Those ``ON_REQUEST`` answer questions of their own: what ten times the tokens buy EvoPress, and
+    what measuring candidates on little text saves.
+    """
+    free = evolution(kind, length, same_size_only=False)
+    guided = Searched(lambda setting, batches: ModelGuided(setting), prior="blend")
     return {
         "random": Searched(lambda setting, batches: RandomSearch(setting)),
         "tpe": Searched(lambda setting, batches: TPE(setting), prior="relative_error"),
         "amq": Searched(lambda setting, batches: SurrogateNSGA2(setting)),
-        "evolution A": Searched(evolution(kind, same_size_only=True), feasible="A"),
-        "evolution B": Searched(evolution(kind, same_size_only=False)),
-        "model_guided": Searched(
-            lambda setting, batches: ModelGuided(setting),
-            prior="blend",
-            sequences=ModelGuided.preferred_sequences,
-        ),
+        "evolution A": Searched(evolution(kind, length, same_size_only=True), feasible="A"),
+        "evolution B": Searched(free),
+        "evolution B, 10 x tokens": Searched(free, multiple=10),
+        "model_guided": replace(guided, sequences=ModelGuided.preferred_sequences),
+        "model_guided, 4 sequences": guided,
     }
 
 

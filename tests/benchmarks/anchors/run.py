@@ -1,6 +1,7 @@
 """Published allocation methods and ours on one bank: held-out KL at equal bytes and equal tokens.
 
-python tests/benchmarks/anchors/run.py --folder runs/anchors --seeds 5 --tokens 60000
+python tests/benchmarks/anchors/run.py --folder runs/anchors --seeds 0 1 2 3 4 --tokens 60000
+python tests/benchmarks/anchors/run.py --profile small   # 30 minutes on two cores
 python tests/benchmarks/anchors/run.py --table        # only the table of what is there
 """
 
@@ -12,8 +13,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from methods import OneShot, Searched, one_shots, searches, table
+from methods import ON_REQUEST, OneShot, Searched, one_shots, searches, table
 from summary import write_summary
 
 from allocator.bench import Bench
@@ -22,6 +24,7 @@ from allocator.executors import InProcess
 from allocator.loop import Limits, run_search
 from allocator.pipeline import additive_problem
 from allocator.searches.base import SearchSetting
+from allocator.searches.repair import fill_budget
 from allocator.solvers.dynamic import DynamicProgram
 from objectives.calibration import CalibrationRequest, build_calibration
 from objectives.evaluation import Fidelity
@@ -30,14 +33,21 @@ from objectives.loading import load_model
 from objectives.sensitivity import LossTable, ScoringContext
 from search_spaces.build import SpaceRequest, build_space
 
-LENGTH = 256
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
-# space -> (preset, budgets as bits per weight of the uniform option)
+BITS = {"2.25 bit": "2.5bpw", "2.5 bit": "2.75bpw", "3 bit": "3.25bpw", "4 bit": "4.25bpw"}
+# space -> (preset, budgets: a scale for each group of 64 weights, or a bitmap, comes on top)
 SPACES = {
-    "bits": ("bits", {"2 bit": "2.25bpw", "3 bit": "3.25bpw", "4 bit": "4.25bpw"}),
-    "gptq": ("bits-gptq", {"2 bit": "2.25bpw", "3 bit": "3.25bpw", "4 bit": "4.25bpw"}),
+    "bits": ("bits", BITS),
+    "bits-g32": (
+        "bits-g32",
+        {"2.25 bit": "2.75bpw", "2.5 bit": "3bpw", "3 bit": "3.5bpw", "4 bit": "4.5bpw"},
+    ),
+    "gptq": ("bits-gptq", BITS),
     "sparsity": ("sparsity-gpt", {"50 %": "9bpw", "60 %": "7.4bpw", "70 %": "5.8bpw"}),
+    "joint": ("joint", {"2.5 bit": "2.75bpw", "3 bit": "3.25bpw"}),
 }
+# What ends in half an hour on two cores: the cell in which published methods claim most.
+SMALL = {"spaces": ["bits"], "budgets": ["3 bit"], "tokens": 30_000, "heldout": 12}
 
 
 class Lab:
@@ -48,8 +58,8 @@ class Lab:
         preset, self.budgets = SPACES[space]
         loaded = load_model(options.model, dtype=options.dtype, device=options.device)
         request = CalibrationRequest(
-            "wiki-summaries",
-            sequence_length=LENGTH,
+            options.text,
+            sequence_length=options.length,
             num_statistics=options.statistics,
             num_search=options.search,
             num_guard=1,
@@ -91,7 +101,7 @@ class Lab:
             self._tables[scorer] = table(context, scorer)
             own = sum(self.bench.meter.counts.values()) - before
             passes = {"blend": 3, "fisher": 3, "reconstruction": 1}.get(scorer, 0)
-            self._costs[scorer] = own + passes * self.options.statistics * LENGTH
+            self._costs[scorer] = own + passes * self.options.statistics * self.options.length
         return self._tables[scorer]
 
     def cost(self, scorer: str) -> int:
@@ -99,15 +109,22 @@ class Lab:
         return self._costs.get(scorer, 0)
 
     def setting(self, budget: str, prior: str) -> SearchSetting:
-        """Where a search starts: from the prior's optimum and uniform, or from uniform alone."""
+        """Where a search starts: from the prior's optimum and uniform, or from uniform alone.
+
+        Where no uniform option fills the budget, searches that start from it alone would never use
+        the rest: random upgrades fill it for them.
+        """
         resolved = resolve_budget(budget, self.space)
         uniform = self.space.uniform(resolved.searched_bytes)
         losses = self.table(prior or "relative_error")
         problem = additive_problem(self.space, LossTable("prior", "nats", losses), resolved)
-        starts = [DynamicProgram().solve(problem).choice] if prior else []
+        rng = np.random.default_rng(self.seed)
+        first = (
+            DynamicProgram().solve(problem).choice if prior else fill_budget(problem, uniform, rng)
+        )
         return SearchSetting(
             problem=problem,
-            starts=tuple(dict.fromkeys([*starts, uniform])),
+            starts=tuple(dict.fromkeys([first, uniform])),
             depths=tuple(-1 if unit.depth is None else unit.depth for unit in self.space.units),
             kinds=tuple(unit.kind for unit in self.space.units),
             num_sequences=self.options.search,
@@ -126,31 +143,32 @@ class Lab:
         """(tokens spent, best then) at each fraction of the tokens."""
         setting = replace(self.setting(budget, method.prior), batch_sequences=method.sequences)
         spent = self.cost(method.prior) if method.prior else 0
-        left = self.options.tokens - spent
-        batch = setting.batch_sequences * LENGTH
+        tokens = method.multiple * self.options.tokens
+        left = tokens - spent
+        batch = setting.batch_sequences * self.options.length
         search = method.make(setting, left // batch)
-        marks = [fraction * self.options.tokens for fraction in FRACTIONS[:-1]]
+        marks = [fraction * tokens for fraction in FRACTIONS[:-1]]
         points: list[tuple[int, tuple]] = []
 
         def progress(state) -> None:
             while marks and spent + state.num_tokens >= marks[0]:
                 points.append((round(marks.pop(0)), search.best))
 
-        limits = Limits(window=4, tokens_per_sequence=LENGTH, tokens=left)
+        limits = Limits(window=4, tokens_per_sequence=self.options.length, tokens=left)
         executor = InProcess(lambda: self.bench.evaluator)
         run_search(
             search, executor, limits=limits, cache={}, record=lambda e: None, progress=progress
         )
-        return [*points, (self.options.tokens, search.best)]
+        return [*points, (tokens, search.best)]
 
 
 def jobs(options: argparse.Namespace, space: str):
     """(budget, method name, method), the cheap ones first."""
     kind = "sparsity" if space == "sparsity" else "bits"
-    found = {"uniform": None, **one_shots(kind), **searches(kind)}
+    found = {"uniform": None, **one_shots(kind), **searches(kind, options.length)}
     for budget in options.budgets or SPACES[space][1]:
         for name, method in found.items():
-            if not options.methods or name in options.methods:
+            if name in options.methods or not (options.methods or name in ON_REQUEST):
                 yield budget, name, method
 
 
@@ -169,7 +187,7 @@ def run(options: argparse.Namespace, space: str, seed: int) -> None:
         setting = lab.setting(lab.budgets[budget], "")
         feasible = "B"
         if method is None:
-            points = [(0, setting.starts[0])]
+            points = [(0, setting.starts[-1])]
         elif isinstance(method, OneShot):
             lab.table(method.scorer) if method.rule != "published" else None
             points = [(lab.cost(method.scorer), method.plan(lab.context(), setting))]
@@ -206,6 +224,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/anchors"))
     parser.add_argument("--model", default="smollm2-135m-rescaled")
+    parser.add_argument("--text", default="wiki-summaries")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--profile", choices=["full", "small"], default="full")
     parser.add_argument("--spaces", nargs="+", default=["bits"], choices=list(SPACES))
     parser.add_argument("--budgets", nargs="+", default=[], help="such as '3 bit'; default all")
     parser.add_argument("--methods", nargs="+", default=[], help="default all")
@@ -218,6 +239,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="run nothing")
+    if parser.parse_known_args()[0].profile == "small":
+        parser.set_defaults(**SMALL)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.threads:

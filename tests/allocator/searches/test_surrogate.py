@@ -11,9 +11,10 @@ NUM_UNITS, NUM_OPTIONS = 12, 4
 KINDS = ("q", "k", "v") * 4
 DEPTHS = tuple(unit // 3 for unit in range(NUM_UNITS))
 CELLS = [(unit, option) for unit in range(NUM_UNITS) for option in range(NUM_OPTIONS)]
-SPREADS = Spreads()
+MIDDLE = (1,) * NUM_UNITS
+SPREADS = Spreads(pair=0.0)
 # Small enough that the table's clipping of factors never acts.
-NARROW = Spreads(0.05, 0.05, 0.05, 0.05, 0.05, offset=0.05, misfit=0.02)
+NARROW = Spreads(0.05, 0.05, 0.05, 0.05, 0.05, pair=0.0, offset=0.05, misfit=0.02)
 
 
 def prior_cells(seed=0):
@@ -23,7 +24,9 @@ def prior_cells(seed=0):
 
 
 def make(cells, spreads=SPREADS, reference=4.0):
-    return Surrogate(cells, KINDS, DEPTHS, reference_loss=reference, spreads=spreads)
+    return Surrogate(
+        cells, KINDS, DEPTHS, reference=MIDDLE, reference_loss=reference, spreads=spreads
+    )
 
 
 def assignments(rng, count):
@@ -241,7 +244,9 @@ def test_best_of_nothing_is_nothing():
 
 def test_units_with_menus_of_different_length():
     cells = [np.array([1.0]), np.array([2.0, 0.5, 0.1]), np.array([1.0, 0.3])]
-    surrogate = Surrogate(cells, "qkv", (-1, 0, 0), reference_loss=3.0, spreads=SPREADS)
+    surrogate = Surrogate(
+        cells, "qkv", (-1, 0, 0), reference=(0, 0, 0), reference_loss=3.0, spreads=SPREADS
+    )
     surrogate.add(Observation((0, 1, 0), 5.0, 1e-4))
     table = surrogate.table(np.random.default_rng(0))
     assert [len(row) for row in table] == [1, 3, 2]
