@@ -83,8 +83,8 @@ class Bench:
             progress: Told (sequences done, sequences in all).
         """
         if self.space.needs and not self.bank.statistics and self.kept:
-            device = str(next(self.model.parameters()).device)
-            kinds, kept = self.kept.load(device)
+            # a model may be spread over devices
+            kinds, kept = self.kept.load(lambda name: self.model.get_parameter(name).device)
             if self.space.needs <= kinds:
                 self.bank.use_statistics(kept)
         known = self.bank.statistics
@@ -193,7 +193,9 @@ class LanguageBenchFactory:
 def load_model_for(name: str, measure: MeasureConfig, threads: int) -> LoadedModel:
     """Load a model as a run measures it, on this many torch threads."""
     torch.set_num_threads(threads)
-    return load_model(name, dtype=measure.dtype, device=measure.device)
+    return load_model(
+        name, dtype=measure.dtype, device=measure.device, device_map=measure.device_map
+    )
 
 
 def resolve_threads(threads: int, workers: int) -> int:

@@ -85,6 +85,8 @@ class MeasureConfig(_Strict):
         batch_size: Sequences per forward pass.
         dtype: Of the model while it is measured, or ``auto``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device_map: Spread the model over several devices instead; see
+            :mod:`objectives.device_map`.
         threads: Torch threads of every process that measures; 0 is all cores of the machine.
     """
 
@@ -93,6 +95,7 @@ class MeasureConfig(_Strict):
     batch_size: Positive = 4
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
+    device_map: str | dict[str, int | str] | None = None
     threads: Annotated[int, Field(ge=0)] = 0
 
 
@@ -164,6 +167,8 @@ class RunConfig(_Strict):
     def identity(self) -> dict[str, Any]:
         """The part that decides the history: what a resumed run must agree on."""
         found = self.model_dump(mode="json", exclude={"caps", "execution"})
+        if self.measure.device_map is None:  # as it was before there could be one
+            del found["measure"]["device_map"]
         if not self.data.also:  # as it was before there could be several texts
             del found["data"]["also"], found["data"]["weights"]
         return found

@@ -7,17 +7,19 @@ option's index only about the same menu. So measurements travel with both.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from allocator.accounts import recorded_evaluations
 from allocator.journal import JournalContents, read_journal
 from allocator.run_folder import RunFolder, load_space
 from allocator.searches.ledger import Ledger
 from objectives.evaluation import Evaluation
 from search_spaces.space import Assignment, SearchSpace
 
-_SAME_LOSSES = {"batch_size", "device", "threads"}  # change speed and the last digits only
+# These change speed and the last digits only.
+_SAME_LOSSES = {"batch_size", "device", "device_map", "threads"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def read_measured_run(folder: RunFolder) -> MeasuredRun:
 
 def gather_measured_run(journal: JournalContents, space: SearchSpace) -> MeasuredRun:
     """The measurements in a run's journal."""
-    evaluations = _evaluations(journal.records)
+    evaluations = recorded_evaluations(journal.records).values()
     return MeasuredRun(
         conditions=loss_conditions(journal.header, space),
         options=option_labels(space),
@@ -98,9 +100,3 @@ def option_labels(space: SearchSpace) -> dict[str, tuple[str, ...]]:
         unit.name: tuple(option.operator.label for option in menu)
         for unit, menu in zip(space.units, space.menus, strict=True)
     }
-
-
-def _evaluations(records: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
-    """One evaluation per key: the last, which supersedes a failed one that was tried again."""
-    found = (Evaluation.from_json(r["evaluation"]) for r in records if r["type"] == "evaluation")
-    return list({evaluation.key: evaluation for evaluation in found}.values())

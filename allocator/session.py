@@ -34,6 +34,7 @@ from allocator.run_texts import (
 from allocator.tables import TableStore
 from allocator.warm_start import read_warm_start
 from objectives.calibration import SPLITS, Calibration
+from objectives.device_map import devices_of
 from objectives.loading import LoadedModel, find_model, resolve_device, resolve_dtype
 from objectives.peak_memory import PeakMemory
 from objectives.statistics_file import FILE_NAME as STATISTICS_NAME
@@ -260,11 +261,11 @@ class Session:
         if "bench" not in self.__dict__:
             return
         bench = self.bench
-        device = next(bench.model.parameters()).device
-        peak = PeakMemory.measure(device)
-        text = f"{peak.host_bytes / 2**30:.2f} GiB of the host"
-        if peak.device_bytes:
-            text += f", {peak.device_bytes / 2**30:.2f} GiB of {device}"
+        peaks = {device: PeakMemory.measure(device) for device in devices_of(bench.model)}
+        text = f"{max(peak.host_bytes for peak in peaks.values()) / 2**30:.2f} GiB of the host"
+        for device, peak in peaks.items():
+            if peak.device_bytes:
+                text += f", {peak.device_bytes / 2**30:.2f} GiB of {device}"
         found = {"Memory plan": str(bench.bank.plan), "Peak memory": text}
         write_text(self.folder.memory, json.dumps(found))
 

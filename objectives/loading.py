@@ -13,7 +13,6 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from objectives.device_map import DeviceMap, check_device_map
 from objectives.embedded import EMBEDDED_MODELS, prepare_embedded
 from search_spaces.quiet import quiet_transformers
 
@@ -64,7 +64,7 @@ def load_model(
     *,
     dtype: str = "auto",
     device: str = "auto",
-    device_map: str | Mapping[str, str] | None = None,
+    device_map: DeviceMap | None = None,
 ) -> LoadedModel:
     """Load a causal language model with its tokenizer and hash its weights.
 
@@ -73,8 +73,8 @@ def load_model(
         dtype: ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the device multiplies it
             natively.
         device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto``: CUDA if there is any.
-        device_map: Spread over several devices instead, by ``accelerate``: ``auto``, ``balanced``,
-            ``sequential``, or devices by module name.
+        device_map: Spread over several devices instead, by ``accelerate``. Every weight must lie
+            on one of them: none is left on disk, or in host memory beside GPUs.
 
     Returns:
         The frozen model.
@@ -83,10 +83,11 @@ def load_model(
         ValueError: No such model, dtype or device; a folder without configuration, safetensors or
             tokenizer; a damaged file; weights that are missing, already quantized, or not those of
             a causal language model that transformers knows; a device map without ``accelerate``,
-            beside a device, or that leaves weights off every device.
+            beside a device, of unknown ones, or that leaves weights off every device.
     """
     if device_map is not None:
-        _check_device_map(device)
+        for place in check_device_map(device_map, device):
+            resolve_device(place)
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
     folder = find_model(name)
@@ -284,19 +285,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _check_device_map(device: str) -> None:
-    """Refuse a device map that says otherwise than the device, or that nothing could serve."""
-    if device != "auto":
-        raise ValueError(f"give a device map or the device {device!r}, not both")
-    if find_spec("accelerate") is None:
-        raise ValueError(
-            "a device map needs accelerate: pip install 'model-allocator[device-map]', "
-            "or stream the model on one device"
-        )
-
-
 def _load_weights(
-    folder: Path, dtype: torch.dtype, device_map: str | Mapping[str, str] | None = None
+    folder: Path, dtype: torch.dtype, device_map: DeviceMap | None = None
 ) -> PreTrainedModel:
     try:
         with quiet_transformers():
@@ -331,8 +321,8 @@ def _load_weights(
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
-            f"{folder} does not fit these devices: the device map leaves weights on disk; "
-            "stream the model instead"
+            f"{folder} does not fit these devices: the device map leaves weights off the GPUs, "
+            "on disk or in host memory; stream the model instead"
         )
     if report["unexpected_keys"]:
         spare = sorted(report["unexpected_keys"])

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from objectives.forwards import replaced_forwards
+
 _MOST_BYTES = 2**28  # of logits in the model's type: matrix products want many rows
 _CACHE_BYTES = 3 * 2**19  # of their float32 copy on a CPU: what comes after wants few
 
@@ -29,6 +31,7 @@ class OutputHead:
         self._model = model
         find = getattr(model, "get_output_embeddings", None)
         self._head: nn.Module | None = find() if find is not None else None
+        self._row_bytes: int | None = None  # of one token's logits, once known
 
     @property
     def model(self) -> nn.Module:
@@ -54,17 +57,10 @@ class OutputHead:
                 before.append(states)
                 return states
 
-            own = vars(self._head).get("forward")
-            self._head.forward = pass_on
-            try:
+            with replaced_forwards([self._head], [pass_on]):
                 states: Tensor = self._model(**inputs).logits
-            finally:
-                if own is None:
-                    del self._head.forward
-                else:
-                    self._head.forward = own
-            if before and states is before[-1]:
-                return states, self._head
+            if before and _is_same(states, before[-1]):
+                return before[-1], self._head
             self._head = None
         logits: Tensor = self._model(**inputs).logits
         return logits, lambda rows: rows
@@ -77,12 +73,21 @@ class OutputHead:
         """
         states, head = self.hidden(tokens)
         states = states.flatten(0, -2)
-        row_bytes = head(states[:1]).nbytes
+        if self._row_bytes is None:
+            self._row_bytes = head(states[:1]).nbytes
         begin = 0
-        for rows in torch.split(states, max(1, _MOST_BYTES // row_bytes)):
+        for rows in torch.split(states, max(1, _MOST_BYTES // self._row_bytes)):
             logits = head(rows)
             yield slice(begin, begin + len(rows)), logits
             begin += len(rows)
+
+
+def _is_same(output: Tensor, states: Tensor) -> bool:
+    """Whether a model hands on what its head gave, be it a copy on the device of its inputs."""
+    if output is states:
+        return True
+    moved = output.device != states.device and output.shape == states.shape
+    return moved and torch.equal(output.to(states.device), states)
 
 
 def log_normaliser(logits: Tensor) -> Tensor:

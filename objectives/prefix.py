@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from objectives.forwards import replaced_forwards
 from search_spaces.space import Assignment, SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -185,28 +186,14 @@ class PrefixReuse:
                 current.start, current.state = self._boundaries.find(keys)
                 current.keys, current.path = keys, self._boundaries.open_path()
 
-        with self._patched(current, work):
+        runs = [partial(self._run, current, work, i, b.forward) for i, b in enumerate(self._blocks)]
+        with replaced_forwards(self._blocks, runs):
             # first of all hooks, so that the inputs are the task's own
             handle = self._model.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
             try:
                 yield work
             finally:
                 handle.remove()
-
-    @contextmanager
-    def _patched(self, current: _Pass, work: Work) -> Iterator[None]:
-        """Let every block ask whether it has to run."""
-        own = [vars(block).get("forward") for block in self._blocks]
-        for index, block in enumerate(self._blocks):
-            block.forward = partial(self._run, current, work, index, block.forward)
-        try:
-            yield
-        finally:
-            for block, forward in zip(self._blocks, own, strict=True):
-                if forward is None:
-                    del block.forward
-                else:
-                    block.forward = forward
 
     def _run(
         self,

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -65,8 +66,13 @@ class StatisticsFile:
 
             yield add
 
-    def load(self, device: str = "cpu") -> tuple[frozenset[str], dict[str, Statistics]]:
+    def load(
+        self, device_of: Callable[[str], torch.device] = lambda name: torch.device("cpu")
+    ) -> tuple[frozenset[str], dict[str, Statistics]]:
         """The kinds that are kept and the statistics by member name; nothing if there is no file.
+
+        Args:
+            device_of: Where the statistics of a member are wanted, by its name.
 
         Raises:
             ValueError: The file cannot be read, or is about other weights or another text.
@@ -75,10 +81,14 @@ class StatisticsFile:
             return frozenset(), {}
         known = {field.name for field in fields(Statistics)}
         try:
-            with safe_open(self.path, framework="pt", device=device) as file:
+            with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 kinds = frozenset(json.loads(metadata.get("kinds", "[]")))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                names = list(file.keys())
+                tensors = {
+                    name: file.get_tensor(name).to(device_of(name.rpartition(_SEPARATOR)[0]))
+                    for name in names
+                }
         except (OSError, SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"cannot read the statistics {self.path}: {error}") from error
         if metadata.get("identity") != self.identity or not kinds <= known:

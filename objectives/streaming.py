@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from objectives.checkpoint import Checkpoint, empty_model, find_decoder
+from objectives.forwards import replaced_forwards
 from objectives.loading import (
     find_model,
     hash_files,
@@ -329,14 +330,11 @@ class StreamedModel:
             self._key = hashlib.sha256(tokens.cpu().numpy().tobytes()).digest()
 
         handle = self.model.register_forward_pre_hook(note, with_kwargs=True)
-        for index, block in enumerate(self._blocks):
-            block.forward = forward(index)
         try:
-            yield
+            with replaced_forwards(self._blocks, map(forward, range(self.num_blocks))):
+                yield
         finally:
             handle.remove()
-            for block in self._blocks:
-                del block.forward
 
 
 def _is_plain(value: Any) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from objectives.tensor_file import write_tensors
-from search_spaces.space import SearchSpace
+from search_spaces.space import SearchSpace, Unit
 
 CHEAP = frozenset({"keep", "round_to_nearest", "prune", "prune_n_m"})
 """Operators that take no longer to apply than their result takes to read back."""
@@ -42,9 +42,10 @@ class MemoryPlan:
     Attributes:
         all_bytes: Every option of every unit, in the model's own precision.
         dear_bytes: Of those, what is worth keeping on a lower tier.
-        device_bytes: Cap on the model's device; host memory where the model is on the CPU.
+        device_bytes: Cap on the model's devices; host memory where the model is on the CPU.
         host_bytes: Cap in pinned host memory; 0 where the model is on the CPU.
         file_bytes: Cap in mapped files.
+        each_bytes: Cap on each device by itself where the model is spread over several.
     """
 
     all_bytes: int
@@ -52,9 +53,11 @@ class MemoryPlan:
     device_bytes: int
     host_bytes: int = 0
     file_bytes: int = 0
+    each_bytes: tuple[tuple[torch.device, int], ...] = ()
 
     def __str__(self) -> str:
-        caps = [(self.device_bytes, "on the device")]
+        caps = [(size, f"on {device}") for device, size in self.each_bytes]
+        caps = caps or [(self.device_bytes, "on the device")]
         caps += [(self.host_bytes, "in pinned host memory"), (self.file_bytes, "in mapped files")]
         where = ", ".join(f"{size / 2**30:.2f} GiB {place}" for size, place in caps if size)
         return (
@@ -69,30 +72,45 @@ def plan_memory(
     """What fits where on this machine now.
 
     Args:
-        model: Already on its device.
+        model: Already on its device, or spread over several.
         space: Units and menus.
         most_bytes: Cap of host memory.
         folder: Where mapped files may go; ``None`` for nowhere.
     """
-    parameter = next(model.parameters())
+    element_size = next(model.parameters()).element_size()
     sizes = [
-        (option.operator.name, unit.num_weights * parameter.element_size())
+        (option.operator.name, _home(model, unit), unit.num_weights * element_size)
         for unit, menu in zip(space.units, space.menus, strict=True)
         if not unit.is_cache
         for option in menu
     ]
-    all_bytes = sum(size for _, size in sizes)
-    dear_bytes = sum(size for name, size in sizes if name not in CHEAP)
+    dear_bytes = sum(size for name, _, size in sizes if name not in CHEAP)
+    held: Counter[torch.device] = Counter()
+    for _, device, size in sizes:
+        held[device] += size
     host = min(most_bytes, int(_HOST_SHARE * psutil.virtual_memory().available))
-    device = min(host, all_bytes)
-    if parameter.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(parameter.device)
-        device, host = min(all_bytes, int(_DEVICE_SHARE * free)), min(host, dear_bytes)
-    else:
-        host = 0
-    left = max(0, dear_bytes - device - host)
+    caps = {device: min(size, _most_on(device, host)) for device, size in held.items()}
+    host = min(host, dear_bytes) if any(device.type == "cuda" for device in caps) else 0
+    on_devices = sum(caps.values())
+    left = max(0, dear_bytes - on_devices - host)
     disk = 0 if folder is None or not left else int(_FILE_SHARE * shutil.disk_usage(folder).free)
-    return MemoryPlan(all_bytes, dear_bytes, device, host, min(dear_bytes, disk))
+    each = tuple(caps.items()) if len(caps) > 1 else ()
+    return MemoryPlan(
+        held.total(), dear_bytes, on_devices, host, min(dear_bytes, disk), each_bytes=each
+    )
+
+
+def _home(model: nn.Module, unit: Unit) -> torch.device:
+    """The device of a unit's weights; of the first where they are on several."""
+    return model.get_parameter(unit.members[0].name).device
+
+
+def _most_on(device: torch.device, host_bytes: int) -> int:
+    """What compressed parameters may take there."""
+    if device.type != "cuda":
+        return host_bytes
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(_DEVICE_SHARE * free)
 
 
 class _Tier(Protocol):
@@ -196,7 +214,7 @@ class TensorStore:
 
     def get(self, key: Key) -> Tensors | None:
         """What is kept, on the device it came from; ``None`` where it has to be made."""
-        held = self._device.look(key)
+        held = self._nearest(key).look(key)
         if held is not None:
             return held
         for tier in self._lower:
@@ -223,6 +241,7 @@ class TensorStore:
 
     def _make_tiers(self) -> None:
         self._device = _MemoryTier(self.plan.device_bytes)
+        self._devices = {device: _MemoryTier(size) for device, size in self.plan.each_bytes}
         self._lower: list[_Tier] = []
         if self.plan.host_bytes:
             self._lower.append(_MemoryTier(self.plan.host_bytes, pinned=True))
@@ -232,9 +251,14 @@ class TensorStore:
         self._cheap: set[Key] = set()
         self._where: dict[Key, tuple[torch.device, ...]] = {}
 
+    def _nearest(self, key: Key) -> _MemoryTier:
+        """The tier on the device that what is kept under a key came from."""
+        first = self._where.get(key, ())[:1]
+        return self._devices.get(first[0], self._device) if first else self._device
+
     def _give(self, key: Key, tensors: Tensors) -> None:
         """Keep on the device; what has to go for it moves down, tier by tier."""
-        falling = self._device.give(key, tensors)
+        falling = self._nearest(key).give(key, tensors)
         for tier in self._lower:
             dear = [pair for pair in falling if pair[0] not in self._cheap]
             falling = [further for pair in dear for further in tier.give(*pair)]

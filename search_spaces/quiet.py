@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_CHATTY = ("transformers", "torchao", "torch.utils._pytree", "gguf")
+_CHATTY = ("transformers", "accelerate", "torchao", "torch.utils._pytree", "gguf")
 
 
 @contextmanager

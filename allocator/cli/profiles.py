@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from allocator.cli.runs import Json, Runs, make_config, split_pin
+from allocator.cli.runs import DeviceMapOption, Json, Runs, make_config, split_pin
 from allocator.cli.terminal import console, print_json, reporting
 from allocator.config import RunConfig
-from allocator.profile import Comparison, compare, profile, summarise
-from allocator.report.comparison import (
-    comparison_csv,
-    comparison_markdown,
-    comparison_rows,
-    draw_comparison,
-)
 from allocator.run_folder import RunFolder, run_folder, save_losses, save_space, write_text
-from allocator.session import begin, default_name, price_space, reopen
-from objectives.calibration import CalibrationRequest
-from objectives.sensitivity import SCORERS, LossTable
-from objectives.statistics_file import FILE_NAME as STATISTICS_NAME
-from objectives.streamed_profile import StreamSettings, profile_streamed
+from objectives.device_map import parse_device_map
 from search_spaces.space import SearchSpace
+
+if TYPE_CHECKING:
+    from allocator.profile import Comparison
+    from objectives.sensitivity import LossTable
 
 _RUNS = Path("runs")
 
@@ -57,6 +51,7 @@ def profile_model(
     objective: Annotated[str, typer.Option(help="What is measured, as in search.")] = "kl",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device_map: DeviceMapOption = None,
     threads: Annotated[int, typer.Option(help="Torch threads; 0: all cores.")] = 0,
     stream: Annotated[
         bool, typer.Option(help="Block by block, for models larger than memory.")
@@ -67,6 +62,10 @@ def profile_model(
     as_json: Json = False,
 ) -> None:
     """Score every option of every unit; compare scorers with measured losses."""
+    from allocator.profile import compare, profile
+    from allocator.session import begin, default_name, reopen
+    from objectives.sensitivity import SCORERS
+
     data: dict[str, Any] = {
         "model": model,
         "budget": budget,
@@ -85,7 +84,13 @@ def profile_model(
             "heldout": 1,
             "seed": data_seed,
         },
-        "measure": {"objective": objective, "dtype": dtype, "device": device, "threads": threads},
+        "measure": {
+            "objective": objective,
+            "dtype": dtype,
+            "device": device,
+            "device_map": device_map and parse_device_map(device_map),
+            "threads": threads,
+        },
         "search": {"seed": seed},
     }
     config = make_config(data)
@@ -95,6 +100,8 @@ def profile_model(
     folder = run_folder(runs, name or default_name(model, f"profile-{Path(space).stem}-{budget}"))
     if stream and compare_all:
         raise ValueError("--compare measures the whole model, --stream holds a block: drop one")
+    if stream and device_map is not None:
+        raise ValueError("--device-map spreads the whole model, --stream holds a block: drop one")
     if stream:
         tables, shown, peak = _stream(config, names, folder, quiet=as_json)
         if not as_json:
@@ -135,20 +142,16 @@ def _stream(
     config: RunConfig, scorers: list[str], folder: RunFolder, *, quiet: bool
 ) -> tuple[dict[str, LossTable], SearchSpace, int]:
     """Tables of a model that need not fit in memory; written to the folder."""
-    data = config.data
-    request = CalibrationRequest(
-        data.text,
-        sequence_length=data.sequence_length,
-        num_statistics=data.statistics,
-        num_search=1,
-        num_guard=1,
-        num_heldout=1,
-        seed=data.seed,
-    )
+    from allocator.run_texts import calibration_request
+    from allocator.session import price_space
+    from objectives.statistics_file import FILE_NAME
+    from objectives.streamed_profile import StreamSettings, profile_streamed
+
+    request = replace(calibration_request(config.data, config.data.text), num_search=1)
     space = price_space(config.model, config.space)
     folder.make()
     settings = StreamSettings(
-        config.measure.dtype, config.measure.device, statistics=folder.cache / STATISTICS_NAME
+        config.measure.dtype, config.measure.device, statistics=folder.cache / FILE_NAME
     )
     with reporting(quiet=quiet) as reporter:
         advance = reporter.stage("blocks", None)
@@ -174,12 +177,16 @@ def config_like(wanted: RunConfig, old: RunConfig) -> RunConfig:
 
 
 def _write_comparison(found: Comparison, title: str, folder: RunFolder) -> None:
+    from allocator.report.comparison import comparison_csv, comparison_markdown, draw_comparison
+
     write_text(folder.path / "comparison.csv", comparison_csv(found))
     write_text(folder.path / "comparison.md", comparison_markdown(found, title))
     draw_comparison(found, title, folder.path / "comparison.svg")
 
 
 def _print_comparison(found: Comparison, folder: RunFolder) -> None:
+    from allocator.report.comparison import comparison_rows
+
     table = Table(
         title="rank correlation with measured losses",
         box=SIMPLE_HEAD,
@@ -200,6 +207,8 @@ def _print_comparison(found: Comparison, folder: RunFolder) -> None:
 
 def _print_table(losses: LossTable, space: SearchSpace) -> None:
     """Sums by kind; the whole table is on disk."""
+    from allocator.profile import summarise
+
     rows = summarise(losses, space)
     labels = [option.operator.label for option in space.menus[0]]
     width = min(12, max(len(values) for _, values in rows))
@@ -223,6 +232,9 @@ def _summary(
     found: Comparison | None,
 ) -> dict[str, Any]:
     """A profile for machines."""
+    from allocator.profile import summarise
+    from allocator.report.comparison import comparison_csv, comparison_rows
+
     summary: dict[str, Any] = {
         "folder": str(folder.path),
         "tables": {

@@ -1,28 +1,31 @@
-"""Verbs on runs: search, resume, report."""
+"""Verbs on runs: search, resume, report. What loads torch is imported where it is used."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from pydantic import ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from allocator.bench import BenchPool
 from allocator.budget import parse_budgets
 from allocator.cli.terminal import console, format_bytes, parse_duration, print_json, reporting
-from allocator.config import RunConfig
+from allocator.config import Objective, RunConfig
 from allocator.executors import EXECUTORS
 from allocator.run_folder import existing_run, run_folder
-from allocator.runner import Finished, resume_run, start_run
 from allocator.searches import SEARCHES, preferred_sequences
-from allocator.session import check_start, default_name
-from objectives.language_objectives import OBJECTIVES
-from objectives.sensitivity import SCORERS
+from objectives.device_map import DEVICE_MAPS, parse_device_map
+
+if TYPE_CHECKING:
+    from allocator.runner import Finished
 
 Runs = Annotated[Path, typer.Option(help="Folder that holds the runs.")]
+DeviceMapOption = Annotated[
+    str | None,
+    typer.Option(help=f"Over several GPUs: {', '.join(DEVICE_MAPS)}, or JSON {{module: device}}."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines; no progress.")]
 RUNS = Path("runs")
 # Options that are not called like their place in the configuration.
@@ -66,11 +69,14 @@ def search(
     num_guard: Annotated[int, typer.Option(help="Sequences that choose what is returned.")] = 32,
     num_heldout: Annotated[int, typer.Option(help="Sequences that only report.")] = 32,
     data_seed: Annotated[int, typer.Option(help="Orders the documents.")] = 0,
-    objective: Annotated[str, typer.Option(help=f"One of {', '.join(OBJECTIVES)}.")] = "kl",
+    objective: Annotated[
+        str, typer.Option(help=f"One of {', '.join(get_args(Objective))}.")
+    ] = "kl",
     top_k: Annotated[int, typer.Option(help="Outcomes the teacher keeps; 0: all.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 4,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device_map: DeviceMapOption = None,
     threads: Annotated[int, typer.Option(help="Torch threads a process; 0: share the cores.")] = 0,
     method: Annotated[
         str, typer.Option("--search", help="One or several with commas: 'allocator list searches'.")
@@ -131,6 +137,7 @@ def search(
             "batch_size": batch_size,
             "dtype": dtype,
             "device": device,
+            "device_map": device_map and parse_device_map(device_map),
             "threads": threads,
         },
         "search": {
@@ -166,6 +173,8 @@ def resume(
     as_json: Json = False,
 ) -> None:
     """Continue a run after a crash, or with larger caps; nothing is measured twice."""
+    from allocator.runner import resume_run
+
     caps: dict[str, Any] = {"trials": trials, "tokens": tokens}
     caps["seconds"] = None if time is None else parse_duration(time)
     execution = {"executor": executor, "workers": workers}
@@ -192,6 +201,8 @@ def report(
     runs: Runs = RUNS,
 ) -> None:
     """Write a finished run's results and HTML report again from its journal, without the model."""
+    from allocator.runner import resume_run
+
     with reporting(quiet=True) as reporter:
         finished = resume_run(existing_run(run, runs), reporter, offline=True)
     console.print(str(finished.folder.report), markup=False)
@@ -245,6 +256,10 @@ def _run_all(
     config: RunConfig, budgets: tuple[str, ...], *, runs: Path, name: str | None, quiet: bool
 ) -> list[Finished]:
     """One run per budget, each checked before the first starts."""
+    from allocator.bench import BenchPool
+    from allocator.runner import start_run
+    from allocator.session import check_start, default_name
+
     base = name or default_name(config.model, "").rstrip("-")
     many = len(budgets) > 1 or name is None
     jobs = [
@@ -269,6 +284,8 @@ def _run_all(
 
 def make_config(data: dict[str, Any]) -> RunConfig:
     """The validated configuration, its names checked before anything is loaded."""
+    from objectives.sensitivity import SCORERS
+
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from allocator.budget import Budget
-from allocator.config import RunConfig
+from allocator.config import MeasureConfig, RunConfig
 from allocator.pipeline import Outcome, additive_problem
 from allocator.plan import Plan
 from allocator.plan_build import predicted_loss
@@ -50,6 +49,8 @@ def gather_view(
 
 def rank_correlation(predicted: Sequence[float], measured: Sequence[float]) -> float | None:
     """Spearman's rank correlation; ``None`` where it is not defined."""
+    from scipy.stats import spearmanr  # slow to load
+
     if len(predicted) < 3 or len(set(predicted)) < 2 or len(set(measured)) < 2:
         return None
     return float(spearmanr(predicted, measured).statistic)
@@ -121,7 +122,7 @@ def _settings(config: RunConfig, plan: Plan, memory: dict[str, str]) -> dict[str
             f"{data.heldout} held-out, of {data.sequence_length} tokens"
         ),
         "Objective": _objective(config),
-        "Precision": f"{measure.dtype} on {measure.device}, {measure.threads} threads",
+        "Precision": f"{measure.dtype} on {_place(measure)}, {measure.threads} threads",
         "Search": f"{search.name}, seed {search.seed}, window {search.window}, "
         f"{search.batch or preferred_sequences(search.name)} sequence(s) per evaluation",
         "Scorers": ", ".join(search.scorers),
@@ -129,6 +130,11 @@ def _settings(config: RunConfig, plan: Plan, memory: dict[str, str]) -> dict[str
         "Executor": f"{config.execution.executor}, {config.execution.workers} worker(s)",
         **memory,
     }
+
+
+def _place(measure: MeasureConfig) -> str:
+    found = measure.device_map
+    return measure.device if found is None else f"several devices ({found})"
 
 
 def _texts(config: RunConfig) -> str:

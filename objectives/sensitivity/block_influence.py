@@ -114,8 +114,9 @@ class _MeanCosines:
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
             del module
-            before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
+            # as the block before left it, which may be on another device
+            before = (args[0] if args else kwargs["hidden_states"]).to(after.device)
             if before.shape != after.shape:
                 raise ValueError(
                     f"scorer block_influence: block {depth} turns {tuple(before.shape)} into "

@@ -180,8 +180,8 @@ class _Training:
 
     def _counts(self) -> list[NDArray[np.int64]]:
         """Exact survivors of the thresholds as they stand, one array per parameter."""
-        flat = torch.cat([rows.thresholds.flatten() for rows in self._rows.values()])
-        keep = 1 - flat.double().cpu().numpy()
+        flat = torch.cat([rows.thresholds.flatten().cpu() for rows in self._rows.values()])
+        keep = 1 - flat.double().numpy()
         found = exact_survivors(keep, self._columns, self._wish.removed, self._least)
         return np.split(found, self._ends)
 

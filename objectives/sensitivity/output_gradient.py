@@ -63,7 +63,9 @@ def _observe(context: ScoringContext, asked: Mapping[int, Sequence[int]]) -> dic
     seen: set[str] = set()
 
     def fold(unit: int, place: int, member: Member, inputs: Tensor, gradient: Tensor) -> None:
-        flat, slopes = inputs.flatten(0, -2).float(), gradient.flatten(0, -2).float()
+        slopes = gradient.flatten(0, -2).float()
+        # as the module before left them, which may be on another device
+        flat = inputs.to(slopes.device).flatten(0, -2).float()
         dense = context.bank.dense(unit)[place].float()
         for option in asked[unit]:
             error = context.bank.compressed(unit, option)[place].float() - dense

@@ -54,6 +54,9 @@ SEARCHES = {
     "a typo in the executor": ({"executor": "rya"}, "did you mean 'ray'?"),
     "a typo in the ties": ({"ties": "vlm"}, "did you mean 'vllm'?"),
     "a typo in what is opened": ({"open": ["haed"]}, "head"),
+    "a device map beside a device": ({"device_map": "auto"}, "or the device 'cpu', not both"),
+    "a device map of no kind": ({"device_map": "evenly", "device": None}, "got 'evenly'"),
+    "a device map that is no JSON": ({"device_map": '{"model"'}, "--device-map: expected devices"),
     "workers without ray": ({"workers": 2}, "add --executor ray"),
     "more workers than the window": (
         {"executor": "ray", "workers": 4, "window": 4},

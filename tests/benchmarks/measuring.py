@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from objectives.task import TokenMeter
 from search_spaces.build import SpaceRequest, build_space
 
 LENGTH, BATCH = 256, 4
+NUM_BATCHED, ROUNDS = 8, 5
 WINDOW = Fidelity("search", 0, BATCH)
 
 
@@ -196,22 +198,36 @@ def teacher(lab: Lab) -> None:
 
 
 def batch(lab: Lab) -> None:
-    """Whether several candidates in one pass would pay: tokens a second against batch size."""
-    model = lab.loaded.model
-    tokens = lab.text.splits["search"].to(next(model.parameters()).device)
+    """What several candidates in one pass could gain at most: the same work in larger batches.
 
-    def forward(rows: int):
-        def call() -> None:
-            with torch.inference_mode():
-                for part in torch.split(tokens, rows):
-                    model.base_model(input_ids=part, use_cache=False)
+    Candidates that differ in one unit share all weights after it, so that their states could run
+    together from there on. Here everything does, the differing unit's block included, from the
+    first block on: what a candidate batch gains is less.
+    """
+    model, task = lab.loaded.model, lab.bench.task
+    tokens = lab.text.splits["search"][:NUM_BATCHED].to(next(model.parameters()).device)
+    lab.bench.bank.restore()
 
-        return call
+    def blocks(rows: int) -> None:
+        with torch.inference_mode():
+            for part in torch.split(tokens, rows):
+                model.base_model(input_ids=part, use_cache=False)
 
-    print("| sequences a pass | speed against 4 |\n| ---: | ---: |")
-    for rows in (1, 2, 8, 16):
-        ours, four = alternating(forward(rows), forward(BATCH), rounds=3)
-        print(f"| {rows} | {four / ours:.2f} |", flush=True)
+    def whole(rows: int) -> None:
+        task._batch_size = rows
+        task.sequence_losses(model, "search", range(NUM_BATCHED))
+
+    print("| | sequences of a candidate | candidates in one pass | speed-up at most |")
+    print("| --- | ---: | ---: | ---: |")
+    sizes = [size for size in (1, 2, 4, 8, 16) if size <= NUM_BATCHED]
+    for name, run in (("blocks", blocks), ("whole evaluation", whole)):
+        run(BATCH)
+        rounds = [[seconds(partial(run, rows)) for rows in sizes] for _ in range(ROUNDS)]
+        times = dict(zip(sizes, map(statistics.median, zip(*rounds, strict=True)), strict=True))
+        for own in (1, 2, 4):
+            for rows in (size for size in sizes if size > own):
+                ratio = times[own] / times[rows]
+                print(f"| {name} | {own} | {rows // own} | {ratio:.2f} |", flush=True)
 
 
 PARTS = {"prefix": prefix, "speed": speed, "teacher": teacher, "batch": batch}
