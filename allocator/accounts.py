@@ -7,7 +7,7 @@ went through) show what sharing forward passes saved.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -54,6 +54,12 @@ def spending(meter: TokenMeter, records: Records) -> Iterator[None]:
         if spent:
             counts = {"counts": dict(spent), "block_counts": {kind: blocks[kind] for kind in spent}}
             records.append({"type": "tokens"} | counts)
+
+
+def recorded_evaluations(records: Iterable[Mapping[str, Any]]) -> dict[str, Evaluation]:
+    """One per key: the last, which supersedes a failed one that was tried again."""
+    found = (Evaluation.from_json(r["evaluation"]) for r in records if r["type"] == "evaluation")
+    return {evaluation.key: evaluation for evaluation in found}
 
 
 def recorded_tokens(

@@ -14,7 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from allocator.accounts import Records, Spent, all_spent, recorded_tokens, spending
+from allocator.accounts import (
+    Records,
+    Spent,
+    all_spent,
+    recorded_evaluations,
+    recorded_tokens,
+    spending,
+)
 from allocator.budget import Budget
 from allocator.config import CapsConfig, SearchConfig
 from allocator.executors import Executor
@@ -174,10 +181,8 @@ class Measuring:
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
         self._executor: Executor | None = None
-        recorded = (r for r in stage.records.records if r["type"] == "evaluation")
-        known = [*warm_evaluations(stage.records)]
-        known += (Evaluation.from_json(record["evaluation"]) for record in recorded)
-        self.cache: dict[str, Evaluation] = {e.key: e for e in known}
+        self.cache = {e.key: e for e in warm_evaluations(stage.records)}
+        self.cache |= recorded_evaluations(stage.records.records)
 
     @property
     def executor(self) -> Executor:

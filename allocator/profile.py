@@ -14,15 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import kendalltau, spearmanr
 
-from allocator.accounts import Records, recorded_tokens
+from allocator.accounts import Records, recorded_evaluations, recorded_tokens
 from allocator.journal import Journal
 from allocator.pipeline import additive_problem
 from allocator.searches.repair import fill_budget
 from allocator.session import Session
 from allocator.tables import Wanted, build_tables
-from objectives.evaluation import Evaluation, Fidelity, evaluation_key
+from objectives.evaluation import Fidelity, evaluation_key
 from objectives.sensitivity import SCORERS, LossTable
 from objectives.sensitivity.one_at_a_time import dense_assignment
 from search_spaces.space import Assignment, SearchSpace
@@ -30,7 +29,11 @@ from search_spaces.space import Assignment, SearchSpace
 
 @dataclass(frozen=True)
 class Cost:
-    """What a table cost, statistics that it shares with others not included.
+    """What a table cost, its statistics passes included.
+
+    Scorers that read the same statistics are each charged for them, as if alone. Two things are
+    charged to the first that needs them only: the statistics that operators of the space need, and
+    measurements that ``one_at_a_time`` and ``marginal_perplexity`` share.
 
     Attributes:
         seconds: Wall time.
@@ -142,6 +145,8 @@ def compare(
     Raises:
         ValueError: No uniform assignment fits the budget.
     """
+    from scipy.stats import kendalltau, spearmanr  # slow to load
+
     space, budget = session.space, session.budget.searched_bytes
     level = space.uniform(budget)
     if level is None:
@@ -216,12 +221,7 @@ def _measure(
     Raises:
         ValueError: One failed.
     """
-    known = {
-        found.key: found
-        for record in journal.records
-        if record["type"] == "evaluation"
-        for found in [Evaluation.from_json(record["evaluation"])]
-    }
+    known = recorded_evaluations(journal.records)
     losses = {}
     advance = session.reporter.stage("measuring", len(assignments))
     for done, assignment in enumerate(assignments, start=1):

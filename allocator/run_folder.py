@@ -14,12 +14,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from objectives.sensitivity.table import LossTable
 from search_spaces.space import SearchSpace
+
+if TYPE_CHECKING:
+    from objectives.sensitivity import LossTable  # loads torch
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 
@@ -198,6 +200,8 @@ def load_losses(path: Path, space: SearchSpace) -> dict[str, LossTable]:
     Raises:
         ValueError: The run has not come so far, or the file does not fit the space.
     """
+    from objectives.sensitivity import LossTable
+
     if not path.is_file():
         raise ValueError(f"{path} does not exist yet: let the run finish (allocator resume)")
     ends = np.cumsum([len(menu) for menu in space.menus])

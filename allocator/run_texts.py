@@ -29,22 +29,24 @@ def build_texts(data: DataConfig, loaded: LoadedModel) -> tuple[Calibration, ...
         ValueError: A text cannot be read or is too short, or two of them share text across splits.
     """
     texts = tuple(
-        build_calibration(
-            CalibrationRequest(
-                source,
-                sequence_length=data.sequence_length,
-                num_statistics=data.statistics,
-                num_search=data.search,
-                num_guard=data.guard,
-                num_heldout=data.heldout,
-                seed=data.seed,
-            ),
-            loaded.tokenizer,
-        )
+        build_calibration(calibration_request(data, source), loaded.tokenizer)
         for source in data.texts
     )
     refuse_shared_text(texts)
     return texts
+
+
+def calibration_request(data: DataConfig, source: str) -> CalibrationRequest:
+    """How one text of a run is cut."""
+    return CalibrationRequest(
+        source,
+        sequence_length=data.sequence_length,
+        num_statistics=data.statistics,
+        num_search=data.search,
+        num_guard=data.guard,
+        num_heldout=data.heldout,
+        seed=data.seed,
+    )
 
 
 def load_texts(data: DataConfig, folder: RunFolder) -> tuple[Calibration, ...]:

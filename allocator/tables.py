@@ -23,9 +23,6 @@ from objectives.kv_cache import CacheLosses
 from objectives.sensitivity import SCORERS, LossTable, Scorer, ScoringContext
 from search_spaces.space import Assignment, SearchSpace
 
-FROM_INCUMBENT = frozenset({"one_at_a_time_incumbent"})
-"""Scorers whose tables depend on a plan, and so on the budget."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -47,7 +44,7 @@ class TableStore:
     def path(self, scorer: str, space: SearchSpace) -> Path:
         """File of one table. The name of the space does not matter, only what it offers."""
         about: list[Any] = [self.identity, scorer, space.to_json() | {"name": ""}]
-        if scorer in FROM_INCUMBENT:
+        if getattr(SCORERS[scorer], "from_incumbent", False):
             about.append(self.incumbent)
         text = json.dumps(about, sort_keys=True)
         return self.folder / f"{scorer}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from objectives.evaluation import mean
-from objectives.quantized_layer import Watch, quantized_cache
 from objectives.task import Task, TokenMeter
 from search_spaces.operators import AnyOperator, KVQuantize
 from search_spaces.space import Member, SearchSpace, Unit
 
 if TYPE_CHECKING:
     from objectives.bank import Bank
+    from objectives.quantized_layer import Watch
 
 NUM_SEQUENCES = 4
 
@@ -67,6 +67,8 @@ class CacheSwitch:
     def _give_cache(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        from objectives.quantized_layer import quantized_cache  # loads transformers
+
         if kwargs.get("past_key_values") is not None:
             raise ValueError("a model whose quantized caches are swapped in takes no other cache")
         layers: dict[int, dict[str, KVQuantize]] = {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.signal import savgol_filter
 
 Ratios = NDArray[np.float64]
 
@@ -32,6 +31,8 @@ def smooth(scores: ArrayLike, window: int = 7, order: int = 3) -> Ratios:
     Raises:
         ValueError: Fewer blocks than the window.
     """
+    from scipy.signal import savgol_filter  # slow to load
+
     array = np.asarray(scores, dtype=float)
     if len(array) < window:
         raise ValueError(f"smoothing needs {window} blocks or more, got {len(array)}")

@@ -45,6 +45,7 @@ HOMES = {
     },
 }
 TORCH_FREE = (
+    "allocator.cli",
     "allocator.plan",
     "allocator.problem",
     "allocator.budget",

@@ -14,7 +14,6 @@ from allocator.executors import EXECUTORS
 from allocator.exporters import EXPORTERS
 from allocator.searches import SEARCHES
 from allocator.solvers import SOLVERS
-from objectives.sensitivity import SCORERS
 from search_spaces.operators import OPERATORS
 from search_spaces.presets import PRESETS
 from search_spaces.registry import Registry, unknown_name
@@ -55,6 +54,12 @@ def _spaces() -> list[dict[str, Any]]:
     return rows
 
 
+def _scorers() -> list[dict[str, Any]]:
+    from objectives.sensitivity import SCORERS  # loads torch
+
+    return _documented(SCORERS)
+
+
 def _ties() -> list[dict[str, Any]]:
     return [{"name": name, "summary": TIES[name].summary} for name in TIES]
 
@@ -63,7 +68,7 @@ _KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "executors": lambda: _documented(EXECUTORS),
     "exporters": lambda: _documented(EXPORTERS),
     "operators": _operators,
-    "scorers": lambda: _documented(SCORERS),
+    "scorers": _scorers,
     "searches": lambda: _documented(SEARCHES),
     "solvers": lambda: _documented(SOLVERS),
     "spaces": _spaces,

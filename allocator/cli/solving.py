@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -14,14 +14,14 @@ from allocator.budget import Budget, parse_budgets, resolve_budget
 from allocator.cli.runs import RUNS, Json, Runs
 from allocator.cli.terminal import console, parse_latency, print_json
 from allocator.latencies import LatencyTable, latency_constraint, load_latencies
-from allocator.pipeline import additive_problem
 from allocator.plan import Plan, load_plan, save_plan
-from allocator.plan_build import PlanFacts, solved_plan
 from allocator.problem import LinearConstraint, Problem, Solution, Status
 from allocator.run_folder import existing_run, load_losses, load_space
 from allocator.solvers import SOLVERS
-from objectives.sensitivity import LossTable
 from search_spaces.space import SearchSpace
+
+if TYPE_CHECKING:
+    from objectives.sensitivity import LossTable  # loads torch
 
 
 def solve(
@@ -43,6 +43,8 @@ def solve(
     as_json: Json = False,
 ) -> None:
     """Solve new budgets from a run's loss table, without the model and without measuring."""
+    from allocator.plan_build import PlanFacts, solved_plan  # loads torch
+
     folder = existing_run(run, runs)
     space = load_space(folder.space)
     tables = load_losses(folder.losses, space)
@@ -88,6 +90,8 @@ def _timing(latencies: Path | None, limit: str | None) -> tuple[LatencyTable, fl
 def _problem(
     space: SearchSpace, table: LossTable, budget: Budget, limits: Sequence[LinearConstraint]
 ) -> Problem:
+    from allocator.pipeline import additive_problem  # loads torch
+
     return replace(additive_problem(space, table, budget), constraints=tuple(limits))
 
 

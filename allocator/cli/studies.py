@@ -10,7 +10,6 @@ import typer
 
 from allocator.cli.terminal import console, print_json, reporting
 from allocator.run_folder import existing_run
-from allocator.study import export_study
 
 
 def export_study_verb(
@@ -24,6 +23,8 @@ def export_study_verb(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Copy a run's measurements into an Optuna study; repeating it adds only what is new."""
+    from allocator.study import export_study  # loads torch
+
     with reporting(quiet=as_json) as reporter:
         receipt = export_study(
             existing_run(run, runs), storage, name, multi=multi, reporter=reporter

@@ -48,6 +48,12 @@ def preferred_sequences(name: str) -> int:
     return max(getattr(search, "preferred_sequences", _SEQUENCES) for search in searches)
 
 
+def needs_importances(name: str) -> bool:
+    """Whether a search, or any of several, reads samples of the weights' importances."""
+    searches = (SEARCHES[part.strip()] for part in name.split(","))
+    return any(getattr(search, "needs_importances", False) for search in searches)
+
+
 def make_search(name: str, setting: SearchSetting) -> Search:
     """The search of a name, or a portfolio of several: ``model_guided,evolution``.
 

@@ -22,12 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allocator.ratio_plans import nearest_assignment
-from allocator.searches.base import Proposal, SearchSetting
+from allocator.searches.base import SearchSetting
 from allocator.searches.expression import GROUPS, POST, PRE, REDUCTIONS, SIGNS, Formula
-from allocator.searches.ledger import Ledger
-from allocator.searches.paired import PairedWindows
-from allocator.searches.repair import check_setting
-from objectives.evaluation import Evaluation
+from allocator.searches.paired import PairedSearch
 from search_spaces.space import Assignment
 
 T = TypeVar("T")
@@ -143,7 +140,7 @@ class Layers:
         return np.asarray(values[order][np.searchsorted(reached, middles)], np.float64)
 
 
-class FormulaSearch:
+class FormulaSearch(PairedSearch):
     """DSA's search as ask/tell.
 
     Args:
@@ -155,35 +152,15 @@ class FormulaSearch:
     """
 
     name: ClassVar[str] = "formula"
+    needs_importances: ClassVar[bool] = True
+    """A setting without them is refused."""
 
     def __init__(self, setting: SearchSetting, options: FormulaOptions = _DEFAULTS) -> None:
-        check_setting(setting)
+        super().__init__(setting, remeasure_every=options.remeasure_every)
         self._options = options
-        self._rng = np.random.default_rng(setting.seed)
         self._layers = Layers(setting)
-        self._ledger = Ledger(setting.num_sequences)
-        self._paired = PairedWindows(setting)
         self._formulas: dict[Assignment, Formula] = {}
         self._examples = [f for f in _EXAMPLES if f.group in options.groups]
-        self._num_asked = 0
-
-    def ask(self, count: int, pending: Collection[Assignment]) -> list[Proposal]:
-        """``count`` proposals; fewer when formulas hardly give new assignments any more."""
-        proposals: list[Proposal] = []
-        while len(proposals) < count and (proposal := self._propose()) is not None:
-            self._num_asked += 1
-            proposals.append(proposal)
-        return proposals
-
-    def tell(self, evaluations: Sequence[Evaluation]) -> None:
-        """Remember what was measured."""
-        for evaluation in evaluations:
-            self._ledger.add(evaluation)
-
-    @property
-    def best(self) -> Assignment | None:
-        """The least loss after removing the windows' difficulty; it may be a start."""
-        return self._ledger.best()
 
     @property
     def formula(self) -> Formula | None:
@@ -195,18 +172,10 @@ class FormulaSearch:
         """The measured formulas, best first."""
         losses = {
             formula: sum(self._ledger.adjusted(assignment))
-            for assignment in self._ledger.assignments
+            for assignment in self._ledger
             if (formula := self._formulas.get(assignment)) is not None
         }
         return sorted(losses, key=losses.__getitem__)
-
-    def _propose(self) -> Proposal | None:
-        if self._num_asked and self._num_asked % self._options.remeasure_every == 0:
-            best = self.best
-            again = None if best is None else self._paired.again(best)
-            if again is not None:
-                return again
-        return self._paired.propose(self._draw)
 
     def _draw(self) -> Assignment | None:
         """What a new formula gives; one that gives what is known already is thrown away."""
@@ -218,7 +187,7 @@ class FormulaSearch:
             except ValueError:  # infinite on these layers
                 continue
             self._formulas.setdefault(assignment, formula)
-            if assignment not in self._paired.asked:
+            if assignment not in self._asked:
                 return assignment
         return None
 

@@ -54,11 +54,6 @@ class Ledger:
         """The assignments with a finite loss, in the order of first telling."""
         return iter(self._values)
 
-    @property
-    def assignments(self) -> list[Assignment]:
-        """Those with a finite loss, in the order of first telling."""
-        return list(self._values)
-
     def add(self, evaluation: Evaluation) -> None:
         """Take in one evaluation; failed ones leave no trace."""
         if not evaluation.ok:

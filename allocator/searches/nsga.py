@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -179,14 +179,7 @@ class NSGA2(Sampled):
     def _sampler(seed: int, population: int, num_objectives: int) -> optuna.samplers.BaseSampler:
         import optuna
 
-        return optuna.samplers.NSGAIISampler(
-            population_size=population,
-            mutation=optuna.samplers.nsgaii.PolynomialMutation(eta=5.0),
-            mutation_prob=None,
-            crossover=optuna.samplers.nsgaii.BLXAlphaCrossover(alpha=0.5),
-            crossover_prob=0.9,
-            seed=seed,
-        )
+        return optuna.samplers.NSGAIISampler(seed=seed, **_breeding(population))
 
 
 class NSGA3(NSGA2):
@@ -211,15 +204,21 @@ class NSGA3(NSGA2):
         while math.comb(divisions + num_objectives, num_objectives - 1) <= population:
             divisions += 1
         return optuna.samplers.NSGAIIISampler(
-            population_size=population,
-            mutation=optuna.samplers.nsgaii.PolynomialMutation(eta=5.0),
-            mutation_prob=None,
-            crossover=optuna.samplers.nsgaii.BLXAlphaCrossover(alpha=0.5),
-            crossover_prob=0.9,
-            seed=seed,
-            reference_points=None,
-            dividing_parameter=divisions,
+            seed=seed, dividing_parameter=divisions, **_breeding(population)
         )
+
+
+def _breeding(population: int) -> dict[str, Any]:
+    """How either sampler makes a generation of the one before."""
+    import optuna
+
+    return {
+        "population_size": population,
+        "mutation": optuna.samplers.nsgaii.PolynomialMutation(eta=5.0),
+        "mutation_prob": None,
+        "crossover": optuna.samplers.nsgaii.BLXAlphaCrossover(alpha=0.5),
+        "crossover_prob": 0.9,
+    }
 
 
 @dataclass(frozen=True)

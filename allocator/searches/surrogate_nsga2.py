@@ -18,22 +18,17 @@ proposals exceed the budget, its ``best`` does not.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.interpolate import RBFInterpolator
 
 from allocator.problem import Problem
-from allocator.searches.base import FrontPoint, Proposal, SearchSetting
-from allocator.searches.ledger import Ledger
-from allocator.searches.paired import PairedWindows
+from allocator.searches.base import FrontPoint, SearchSetting
+from allocator.searches.paired import PairedSearch
 from allocator.searches.pareto import nondominated
 from allocator.searches.population import Levels, Population, selection_order
-from allocator.searches.repair import check_setting
-from objectives.evaluation import Evaluation
 from search_spaces.space import Assignment
 
 _MOST_DRAWS = 100
@@ -102,7 +97,7 @@ class SurrogateNSGA2Options:
 _DEFAULTS = SurrogateNSGA2Options()
 
 
-class SurrogateNSGA2:
+class SurrogateNSGA2(PairedSearch):
     """AMQ's loop as ask/tell.
 
     Args:
@@ -116,12 +111,8 @@ class SurrogateNSGA2:
     name: ClassVar[str] = "surrogate_nsga2"
 
     def __init__(self, setting: SearchSetting, options: SurrogateNSGA2Options = _DEFAULTS) -> None:
-        check_setting(setting)
-        self._setting = setting
+        super().__init__(setting, remeasure_every=options.remeasure_every)
         self._options = options
-        self._rng = np.random.default_rng(setting.seed)
-        self._ledger = Ledger(setting.num_sequences)
-        self._paired = PairedWindows(setting)
         tops = np.array([len(cost) - 1 for cost in setting.problem.bytes], np.int64)
         floors = np.where(_pinned(setting.problem, options.pin_multiple), tops, 0)
         if setting.problem.total_bytes(floors.tolist()) > setting.problem.budget_bytes:
@@ -131,20 +122,6 @@ class SurrogateNSGA2:
             )
         self._population = Population(setting.problem, floors)
         self._queue: deque[Assignment] = deque()
-        self._num_asked = self._num_drawn = 0
-
-    def ask(self, count: int, pending: Collection[Assignment]) -> list[Proposal]:
-        """``count`` proposals; fewer when everything that is found was measured already."""
-        proposals: list[Proposal] = []
-        while len(proposals) < count and (proposal := self._propose()) is not None:
-            self._num_asked += 1
-            proposals.append(proposal)
-        return proposals
-
-    def tell(self, evaluations: Sequence[Evaluation]) -> None:
-        """Add to the archive."""
-        for evaluation in evaluations:
-            self._ledger.add(evaluation)
 
     @property
     def best(self) -> Assignment | None:
@@ -155,7 +132,7 @@ class SurrogateNSGA2:
             return found
         fitting = [
             assignment
-            for assignment in self._ledger.assignments
+            for assignment in self._ledger
             if problem.total_bytes(assignment) <= problem.budget_bytes
         ]
         return min(fitting, key=lambda a: sum(self._ledger.adjusted(a)), default=None)
@@ -163,7 +140,7 @@ class SurrogateNSGA2:
     @property
     def front(self) -> list[FrontPoint]:
         """What was measured and is beaten by nothing in both loss and bytes, smallest first."""
-        archive = self._ledger.assignments
+        archive = list(self._ledger)
         points = [self._point(assignment) for assignment in archive]
         rows = nondominated(np.array([(size, loss) for loss, size in points])) if points else []
         return [FrontPoint(archive[i], points[i][1], points[i][0]) for i in rows]
@@ -172,25 +149,13 @@ class SurrogateNSGA2:
         loss, _ = self._ledger.adjusted(assignment)
         return loss, self._setting.problem.total_bytes(assignment)
 
-    def _propose(self) -> Proposal | None:
-        every = self._options.remeasure_every
-        if every and self._num_asked and self._num_asked % every == 0:
-            best = self.best
-            again = None if best is None else self._paired.again(best)
-            if again is not None:
-                return again
-        return self._paired.propose(self._draw)
-
     def _draw(self) -> Assignment | None:
         """The design first, then what the evolution on predictions found."""
         if self._num_drawn < self._options.num_initial or len(self._ledger) < 2:
-            drawn = self._initial()
-        else:
-            if not self._queue:
-                self._queue.extend(self._search())
-            drawn = self._queue.popleft() if self._queue else self._initial()
-        self._num_drawn += drawn is not None
-        return drawn
+            return self._initial()
+        if not self._queue:
+            self._queue.extend(self._search())
+        return self._queue.popleft() if self._queue else self._initial()
 
     def _initial(self) -> Assignment | None:
         """A new assignment: of random levels in random shares, or a neighbour of the best one."""
@@ -204,7 +169,7 @@ class SurrogateNSGA2:
                 stepped = population.step(centre, units, self._rng)
                 levels = population.move_to_budget(stepped, self._rng)
             found = tuple(levels[0].tolist())
-            if found not in self._paired.asked:
+            if found not in self._asked:
                 return found
         return None
 
@@ -217,7 +182,7 @@ class SurrogateNSGA2:
 
     def _search(self) -> list[Assignment]:
         """NSGA-II on predictions, from the archive's front; what is new of it and worth most."""
-        archive = self._ledger.assignments
+        archive = list(self._ledger)
         points = np.array([self._point(assignment) for assignment in archive])
         order = selection_order(points) if self._options.whole_front else np.argsort(points[:, 0])
         predict = _Predictor(np.array(archive), points[:, 0], self._options.smoothing)
@@ -226,7 +191,7 @@ class SurrogateNSGA2:
         for _ in range(self._options.generations):
             members = np.unique(np.vstack([members, self._offspring(members, count)]), axis=0)
             members = members[selection_order(self._scores(predict, members))[:count]]
-        known = {*archive, *self._paired.asked}
+        known = {*archive, *self._asked}
         rows = [i for i, member in enumerate(members.tolist()) if tuple(member) not in known]
         if not rows:
             return []
@@ -266,6 +231,8 @@ class _Predictor:
     """
 
     def __init__(self, levels: Levels, losses: NDArray[np.float64], smoothing: float) -> None:
+        from scipy.interpolate import RBFInterpolator  # slow to load
+
         self._varied = np.flatnonzero(np.ptp(levels, axis=0))
         used = levels[:, self._varied].astype(float)
         tail = np.column_stack([np.ones(len(used)), used])

@@ -10,15 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from allocator.problem import Problem, Solution, Status
 from allocator.solvers.base import check_extras, infeasible
+
+if TYPE_CHECKING:
+    from scipy.optimize import LinearConstraint  # slow to load
 
 _Array = NDArray[np.float64]
 _ABSOLUTE_GAP = 1e-6  # HiGHS stops here, in the unit of its objective
@@ -51,6 +52,8 @@ class MixedInteger:
                 within the time.
             RuntimeError: HiGHS failed.
         """
+        from scipy.optimize import Bounds, milp
+
         check_extras(problem)
         model = _Model.of(problem)
         started = time.monotonic()
@@ -142,6 +145,9 @@ class _Model:
 
     def constraints(self, cuts: Sequence[NDArray[np.intp]]) -> list[LinearConstraint]:
         """One option per group, the limits, and the forbidden assignments."""
+        from scipy import sparse
+        from scipy.optimize import LinearConstraint
+
         num_variables, num_groups = len(self.losses), len(self.begins) - 1
         pick_one = sparse.csr_matrix(
             (np.ones(num_variables), np.arange(num_variables), self.begins),

@@ -14,38 +14,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from objectives.sensitivity.base import CellScorer, ScoringContext
+from objectives.sensitivity.reconstruction import Reconstruction
+from search_spaces.operators import Statistics
 
 
-class FullReconstruction(CellScorer):
+class FullReconstruction(Reconstruction):
     """``tr(E H E') / tr(W H W')`` summed over the members."""
 
     name: ClassVar[str] = "full_reconstruction"
-    unit: ClassVar[str] = "relative_output_mse"
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
-    def cell(self, context: ScoringContext, unit: int, option: int) -> float:
-        """Relative squared output error of one option.
+    @staticmethod
+    def _moment(statistics: Statistics) -> Tensor | None:
+        return statistics.hessian
 
-        Raises:
-            ValueError: The inputs of a parameter could not be observed.
-        """
-        if (cached := context.cache_loss(unit, option)) is not None:
-            return cached.relative_error
-        total = 0.0
-        for member, weight, error, stats in context.errors(unit, option):
-            if stats.hessian is None:
-                raise ValueError(
-                    f"scorer full_reconstruction: the inputs of {member.name} cannot be observed; "
-                    "exclude it or use the fisher scorer"
-                )
-            hessian = stats.hessian.to(error.device)
-            energy = _trace(weight, hessian)
-            # NaN stays NaN
-            total += _trace(error, hessian) / energy if energy != 0 else 0.0
-        return total
-
-
-def _trace(matrices: Tensor, hessian: Tensor) -> float:
-    """``tr(M H M')``; rounding may put what the inputs never excite below zero."""
-    return max(float(((matrices @ hessian) * matrices).sum(dtype=torch.float64)), 0.0)
+    @staticmethod
+    def _energy(matrices: Tensor, moment: Tensor) -> float:
+        """``tr(M H M')``; rounding may put what the inputs never excite below zero."""
+        return max(float(((matrices @ moment) * matrices).sum(dtype=torch.float64)), 0.0)

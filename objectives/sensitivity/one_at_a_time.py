@@ -61,6 +61,8 @@ class OneAtATimeFromIncumbent(_Measured):
 
     name: ClassVar[str] = "one_at_a_time_incumbent"
     unit: ClassVar[str] = "nats"
+    from_incumbent: ClassVar[bool] = True
+    """Its tables depend on a plan, and so on the budget."""
 
     def _base(self, context: ScoringContext) -> Assignment:
         if context.incumbent is None:

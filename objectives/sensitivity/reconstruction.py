@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from torch import Tensor
+
 from objectives.sensitivity.base import CellScorer, ScoringContext, weighted_square
+from search_spaces.operators import Statistics
 
 
 class Reconstruction(CellScorer):
@@ -30,13 +33,24 @@ class Reconstruction(CellScorer):
             return cached.relative_error
         total = 0.0
         for member, weight, error, stats in context.errors(unit, option):
-            if stats.second_moment is None:
+            moment = self._moment(stats)
+            if moment is None:
                 raise ValueError(
-                    f"scorer reconstruction: the inputs of {member.name} cannot be observed; "
+                    f"scorer {self.name}: the inputs of {member.name} cannot be observed; "
                     "exclude it or use the fisher scorer"
                 )
-            moment = stats.second_moment.to(error.device)
-            energy = weighted_square(weight, moment)
+            moment = moment.to(error.device)
+            energy = self._energy(weight, moment)
             # NaN stays NaN
-            total += weighted_square(error, moment) / energy if energy != 0 else 0.0
+            total += self._energy(error, moment) / energy if energy != 0 else 0.0
         return total
+
+    @staticmethod
+    def _moment(statistics: Statistics) -> Tensor | None:
+        """What is known of the inputs' second moment."""
+        return statistics.second_moment
+
+    @staticmethod
+    def _energy(matrices: Tensor, moment: Tensor) -> float:
+        """Squared outputs, up to a factor, of (matrices, rows, columns) weights or errors."""
+        return weighted_square(matrices, moment)

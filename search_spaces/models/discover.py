@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from search_spaces.families import Family, family_of
 from search_spaces.space import Member, Unit
@@ -203,6 +202,8 @@ def _end_unit(name: str, tensor: Tensor, kind: str) -> Unit:
 
 def _matrices(model: nn.Module, family: Family | None) -> Iterator[_Matrix]:
     """Every matrix of a linear layer and every stack of experts, in the model's order."""
+    from transformers.pytorch_utils import Conv1D  # slow to load
+
     lists = {n for n, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)}
     for path, module in model.named_modules():
         if _is_router(model, path):

@@ -281,6 +281,9 @@ def test_optunas_plots(library, plot, study):
             figure = getattr(optuna.visualization, plot)(study, **some)
             assert all(len(trace.to_plotly_json()) > 1 for trace in figure.data)
             return
+        import matplotlib
+
+        matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
         getattr(optuna.visualization.matplotlib, plot)(study, **some)
