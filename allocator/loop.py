@@ -21,6 +21,7 @@ from allocator.executors.base import Executor
 from allocator.searches.base import Proposal, Search
 from objectives.evaluation import Evaluation, evaluation_key
 
+NOTHING_MORE = "the search has nothing more to propose"
 _MOST_REPEATS = 200
 """A search that proposes only what it knows, this often in a row, has nothing new to say."""
 
@@ -207,7 +208,7 @@ class _Window:
         proposals = self._search.ask(1, [asked.proposal.assignment for asked in self.open])
         if not proposals:
             if not self.open:  # otherwise it may be waiting for what is under way
-                self.stopped = "the search has nothing more to propose"
+                self.stopped = NOTHING_MORE
             return None
         return self._admit(proposals[0])
 

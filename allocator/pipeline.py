@@ -25,7 +25,7 @@ from allocator.accounts import (
 from allocator.budget import Budget
 from allocator.config import CapsConfig, SearchConfig
 from allocator.executors import Executor
-from allocator.loop import History, Limits, Progress, run_search
+from allocator.loop import NOTHING_MORE, History, Limits, Progress, run_search
 from allocator.problem import Problem, Solution
 from allocator.reporter import Reporter
 from allocator.search_build import (
@@ -115,7 +115,7 @@ class Outcome:
     evaluations: dict[str, dict[str, Evaluation]]
     num_search_sequences: int
     spent: Spent = field(default_factory=lambda: Spent({}, {}))
-    found: Found = field(default_factory=lambda: Found({}, (), None))
+    found: Found = field(default_factory=lambda: Found({}, "", (), None))
     refit: LossTable | None = None
 
 
@@ -270,27 +270,32 @@ def _search(
     limits = Limits(
         window=stage.search.window,
         tokens_per_sequence=stage.tokens_per_sequence,
-        trials=stage.caps.trials if ended is None else ended["told"],
+        trials=stage.caps.trials if ended is None else max(1, ended["told"]),
         tokens=_search_tokens(stage),
         seconds=stage.caps.seconds if ended is None else None,
     )
     if ended is None:
         measuring.start()  # before the search, whose clock it would eat
-    history = run_search(
-        search,
-        _Lazy(measuring),
-        limits=limits,
-        cache=measuring.cache,
-        record=measuring.record,
-        progress=_shown(stage, limits),
-    )
+    if ended is not None and not ended["told"]:
+        history = History((), 0, ended["stopped"])  # its time was over before anything was told
+    else:
+        history = run_search(
+            search,
+            _Lazy(measuring),
+            limits=limits,
+            cache=measuring.cache,
+            record=measuring.record,
+            progress=_shown(stage, limits),
+        )
     if ended is not None:
         history = replace(history, stopped=ended["stopped"])
-    elif history.evaluations:
+    else:
         told = len(history.evaluations)
-        notes = built.found().notes
+        found = built.found()
+        if history.stopped == NOTHING_MORE and found.ended:
+            history = replace(history, stopped=found.ended)
         stage.records.append(
-            {"type": "searched", "told": told, "stopped": history.stopped, "notes": notes}
+            {"type": "searched", "told": told, "stopped": history.stopped, "notes": found.notes}
         )
     if history.evaluations and history.num_failed == len(history.evaluations):
         reason = history.evaluations[0].error

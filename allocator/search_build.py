@@ -38,11 +38,13 @@ class Found:
 
     Attributes:
         notes: Finite numbers, such as a hypervolume.
+        ended: Why it proposes nothing more, as a phrase; empty where it has nothing to say.
         front: Of loss against bytes, the cheapest first; empty for searches of one objective.
         formula: The expression that a formula search found, as JSON.
     """
 
     notes: dict[str, float]
+    ended: str
     front: tuple[FrontPoint, ...]
     formula: dict[str, Any] | None
 
@@ -66,10 +68,11 @@ class BuiltSearch:
     def found(self) -> Found:
         """What the search says at its end."""
         notes = self.inner.notes() if isinstance(self.inner, Noting) else {}
+        ended: str = getattr(self.inner, "ended", "")
         front: Sequence[FrontPoint] = getattr(self.inner, "front", ())
         formula = getattr(self.inner, "formula", None)
         points = (p._replace(assignment=widen(p.assignment, self.kept)) for p in front)
-        return Found(notes, tuple(points), None if formula is None else formula.to_json())
+        return Found(notes, ended, tuple(points), None if formula is None else formula.to_json())
 
 
 def build_search(

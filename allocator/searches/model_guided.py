@@ -133,6 +133,14 @@ class ModelGuided:
         """The measured assignment of least posterior loss."""
         return self._table.best()
 
+    @property
+    def ended(self) -> str:
+        """Why nothing more is proposed, if that is for want of promise."""
+        if self._promise is None or not self._is_hopeless:
+            return ""
+        gain, noise = self._promise
+        return f"an expected improvement of {gain:.2g} nats is below the noise of {noise:.2g}"
+
     def notes(self) -> dict[str, float]:
         """What the posterior mean's optimum promises over the best, and how well that is known."""
         if self._promise is None:
@@ -158,8 +166,7 @@ class ModelGuided:
         if turn % self._options.confirm_every == 0 and (again := self._confirmation()) is not None:
             return self._note(again)
         window = self._setting.fidelity(turn % self._num_open)
-        hopeless = self._num_hopeless >= self._options.patience
-        for attempt in range(0 if hopeless else _MOST_ATTEMPTS):
+        for attempt in range(0 if self._is_hopeless else _MOST_ATTEMPTS):
             greedy = turn % self._options.exploit_every == 0 and attempt == 0
             proposal = Proposal(self._decode(greedy=greedy), window)
             if proposal.assignment not in pending and (
@@ -168,7 +175,7 @@ class ModelGuided:
                 return self._note(proposal)
         # Samples bring nothing new: read more text with the best ones, or stop.
         again = self._confirmation()
-        if again is None and not hopeless and self._num_open < self._num_windows:
+        if again is None and not self._is_hopeless and self._num_open < self._num_windows:
             self._open_windows()
             again = self._queue.pop(0)
         return None if again is None else self._note(again)
@@ -203,6 +210,10 @@ class ModelGuided:
         if greedy:
             self._judge(losses, centre, choice)
         return choice
+
+    @property
+    def _is_hopeless(self) -> bool:
+        return self._num_hopeless >= self._options.patience
 
     def _judge(
         self, losses: Sequence[NDArray[np.float64]], centre: Assignment, choice: Assignment
