@@ -105,13 +105,7 @@ class Bank:
                 loss, so it is refused here.
         """
         found = self._space.units[unit]
-        # a model may be spread over devices, and its statistics lie elsewhere
-        statistics = {
-            member.name: self._statistics[member.name].to(tensor.device)
-            for member, tensor in zip(found.members, self._dense[unit], strict=True)
-            if member.name in self._statistics
-        }
-        made = compress_unit(self._dense[unit], found, operator, statistics)
+        made = compress_unit(self._dense[unit], found, operator, self._statistics)
         for tensor, member in zip(made, found.members, strict=True):
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{member.name} under {operator.label} is not finite")

@@ -54,7 +54,7 @@ def compress_unit(
         parameters: As the model holds them, in the order of the members.
         unit: Addresses and logical shapes.
         operator: What to do; it works in float32.
-        stats: By member name; shared by all matrices of a stack.
+        stats: By member name, on any device; shared by all matrices of a stack.
     """
     import torch
 
@@ -65,14 +65,13 @@ def compress_unit(
     return tuple(
         physical(
             torch.stack(
-                [
-                    operator.apply(matrix.float(), stats.get(member.name, _NONE))
-                    for matrix in logical(parameter, member)
-                ]
+                [operator.apply(matrix.float(), own) for matrix in logical(parameter, member)]
             ).to(parameter.dtype),
             member,
         )
-        for parameter, member in zip(parameters, unit.members, strict=True)
+        for parameter, member, own in zip(
+            parameters, unit.members, _beside(parameters, unit, stats), strict=True
+        )
     )
 
 
@@ -85,7 +84,7 @@ def pack_unit(
     """The stored tensors of a unit by their names in a file, on the CPU."""
     import torch
 
-    found = [stats.get(member.name, _NONE) for member in unit.members]
+    found = _beside(parameters, unit, stats)
     views = [logical(p, m) for p, m in zip(parameters, unit.members, strict=True)]
     packed: dict[str, Tensor] = {}
     if isinstance(operator, UnitOperator):
@@ -121,6 +120,16 @@ def unpack_unit(
         ]
         unpacked.append(physical(torch.stack(matrices), member))
     return tuple(unpacked)
+
+
+def _beside(
+    parameters: Sequence[Tensor], unit: Unit, stats: Mapping[str, Statistics]
+) -> list[Statistics]:
+    """The statistics of each member, on the device of its parameter."""
+    return [
+        stats.get(member.name, _NONE).to(parameter.device)
+        for parameter, member in zip(parameters, unit.members, strict=True)
+    ]
 
 
 def _named(member: Member, operator: Operator) -> list[tuple[StoredTensor, StoredTensor]]:
