@@ -9,7 +9,7 @@ RUN_MODEL := smollm2-135m
 RUN_BUDGET := 3.25bpw
 
 .PHONY: run test lint test-slow test-embedded test-all bench-solvers bench-searches bench-rows bench-rows-quality bench-spaces bench-influence \
-  bench-measuring bench-anchors schema clean
+  bench-measuring bench-anchors bench-anchors-full schema clean
 
 run: $(STAMP)
 	$(BIN)/allocator search $(RUN_MODEL) --space bits --budget $(RUN_BUDGET) --time 210s \
@@ -49,7 +49,10 @@ bench-measuring: $(STAMP)
 	$(BIN)/python tests/benchmarks/measuring.py
 
 bench-anchors: $(STAMP)
-	$(BIN)/python tests/benchmarks/anchors/run.py
+	$(BIN)/python tests/benchmarks/anchors/run.py --profile small
+
+bench-anchors-full: $(STAMP)
+	$(BIN)/python tests/benchmarks/anchors/run.py --spaces bits gptq sparsity joint --seeds 0 1 2 3 4
 
 bench-spaces: $(STAMP)
 	$(BIN)/python tests/benchmarks/spaces.py

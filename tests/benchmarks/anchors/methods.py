@@ -77,6 +77,13 @@ def evolution(
     return make
 
 
+DEAR = (
+    "one at a time + solver",
+    "noise injection (HIGGS) + solver",
+    "marginal perplexity cut (ASVD)",
+)
+"""One-shots that read many times the tokens of a small budget."""
+
 ON_REQUEST = ("evolution B, 10 x tokens", "model_guided, 4 sequences")
 
 

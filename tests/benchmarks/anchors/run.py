@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from methods import ON_REQUEST, OneShot, Searched, one_shots, searches, table
+from methods import DEAR, ON_REQUEST, OneShot, Searched, one_shots, searches, table
 from summary import write_summary
 
 from allocator.bench import Bench
@@ -47,7 +47,7 @@ SPACES = {
     "joint": ("joint", {"2.5 bit": "2.75bpw", "3 bit": "3.25bpw"}),
 }
 # What ends in half an hour on two cores: the cell in which published methods claim most.
-SMALL = {"spaces": ["bits"], "budgets": ["3 bit"], "tokens": 30_000, "heldout": 12}
+SMALL = {"budgets": ["3 bit"], "seeds": [0, 1, 2], "tokens": 30_000}
 
 
 class Lab:
@@ -166,9 +166,10 @@ def jobs(options: argparse.Namespace, space: str):
     """(budget, method name, method), the cheap ones first."""
     kind = "sparsity" if space == "sparsity" else "bits"
     found = {"uniform": None, **one_shots(kind), **searches(kind, options.length)}
+    hidden = {*ON_REQUEST, *(DEAR if options.profile == "small" else ())}
     for budget in options.budgets or SPACES[space][1]:
         for name, method in found.items():
-            if name in options.methods or not (options.methods or name in ON_REQUEST):
+            if name in options.methods or not (options.methods or name in hidden):
                 yield budget, name, method
 
 
