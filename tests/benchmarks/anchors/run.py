@@ -147,7 +147,8 @@ class Lab:
         left = tokens - spent
         batch = setting.batch_sequences * self.options.length
         search = method.make(setting, left // batch)
-        marks = [fraction * tokens for fraction in FRACTIONS[:-1]]
+        # before its statistics are read a method has no plan
+        marks = [mark for f in FRACTIONS[:-1] if (mark := f * tokens) >= spent]
         points: list[tuple[int, tuple]] = []
 
         def progress(state) -> None:

@@ -106,6 +106,9 @@ def draw(records, path: Path) -> None:
             if level[place]:
                 axes.axhline(np.mean(level[place]), color="#888", lw=1, ls="--", label="uniform")
             axes.set(xscale="log", xlabel="tokens, statistics included", ylabel="held-out nats")
+            ticks = sorted({t for points in curves[place].values() for t in points})
+            axes.set_xticks(ticks, [f"{t / 1000:g}k" for t in ticks])
+            axes.minorticks_off()
             axes.set_title(f"{place[0]}, {place[1]}")
             axes.spines[["top", "right"]].set_visible(False)
         panels[0][-1].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
