@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from objectives.evaluation import Evaluation
+from objectives.evaluation import Evaluation, Fidelity
 from objectives.task import TokenMeter
 
 
@@ -87,7 +87,15 @@ def all_spent(records: Records, evaluations: Sequence[Evaluation]) -> Spent:
     """Tokens by kind of a whole run, repeated measurements counted once."""
     tokens, blocks = recorded_tokens(records), recorded_tokens(records, of="block_counts")
     for evaluation in {e.key: e for e in evaluations}.values():
-        split = evaluation.fidelity.split
-        tokens[split] = tokens.get(split, 0) + evaluation.num_tokens
-        blocks[split] = blocks.get(split, 0) + evaluation.num_block_tokens
+        for kind, share in _shares(evaluation.fidelity):
+            tokens[kind] = tokens.get(kind, 0) + round(share * evaluation.num_tokens)
+            blocks[kind] = blocks.get(kind, 0) + round(share * evaluation.num_block_tokens)
     return Spent(dict(sorted(tokens.items())), dict(sorted(blocks.items())))
+
+
+def _shares(fidelity: Fidelity) -> list[tuple[str, float]]:
+    """The kinds of tokens that a measurement spends, and the share of each."""
+    forward = fidelity.count / fidelity.num_passes
+    if forward == 1:
+        return [(fidelity.split, 1.0)]
+    return [(fidelity.split, forward), (f"{fidelity.split}_backward", 1 - forward)]

@@ -141,6 +141,7 @@ def allocate_task(
         executor=lambda: InProcess(lambda: bench.evaluator),
         num_sequences={name: task.num_sequences(name) for name in _MEASURED_SPLITS},
         tokens_per_sequence=task.tokens_per_sequence,
+        has_slopes=task.has_slopes,
         store=None,
         reporter=chosen.reporter,
     )

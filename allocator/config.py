@@ -109,6 +109,7 @@ class SearchConfig(_Strict):
         seed: Of the search.
         window: Proposals under way at once.
         batch: Sequences per evaluation; ``None`` for what the search does best with.
+        slopes: Whether the search may differentiate the loss, where it can be.
         warm_start: Run or study whose measurements it starts from.
     """
 
@@ -118,6 +119,7 @@ class SearchConfig(_Strict):
     seed: Seed = 0
     window: Positive = 4
     batch: Positive | None = None
+    slopes: bool = True
     warm_start: str | None = None
 
 

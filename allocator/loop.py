@@ -215,7 +215,7 @@ class _Window:
     def _admit(self, proposal: Proposal) -> _Asked | None:
         """Charge a proposal, unless that would break the token limit."""
         key = evaluation_key(proposal.assignment, proposal.fidelity)
-        price = proposal.fidelity.count * self._limits.tokens_per_sequence
+        price = proposal.fidelity.num_passes * self._limits.tokens_per_sequence
         if key in self._seen:
             price = 0
         limit = self._limits.tokens

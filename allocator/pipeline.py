@@ -63,6 +63,7 @@ class Stage:
         executor: Starts what measures; called once, when something has to be measured.
         num_sequences: Of the splits ``search``, ``guard`` and ``heldout``.
         tokens_per_sequence: Of the task.
+        has_slopes: Whether the gradient of the task's loss is that of what is measured.
         store: Tables of earlier runs.
         reporter: Shown the progress.
         extend: Search on where an earlier session's search had ended.
@@ -77,6 +78,7 @@ class Stage:
     executor: Callable[[], Executor]
     num_sequences: Mapping[str, int]
     tokens_per_sequence: int
+    has_slopes: bool
     store: TableStore | None
     reporter: Reporter
     extend: bool = False
@@ -322,6 +324,9 @@ def _build(
         num_sequences=stage.num_sequences["search"],
         batch_sequences=min(stage.batch, stage.num_sequences["search"]),
         seed=stage.search.seed,
+        slopes=stage.search.slopes
+        and stage.has_slopes
+        and not any(unit.is_cache for unit in stage.space.units),
     )
     setting = with_samples(
         stage.search.name, setting, stage.space, records=stage.records, bench=stage.bench

@@ -102,6 +102,7 @@ def _finish(session: Session, journal: Journal, *, extend: bool = False) -> Fini
         executor=session.executor,
         num_sequences={split: len(session.texts[0].splits[split]) for split in _MEASURED_SPLITS},
         tokens_per_sequence=session.tokens_per_sequence,
+        has_slopes=True,  # as every objective of a run has
         store=session.store(),
         reporter=session.reporter,
         extend=extend,

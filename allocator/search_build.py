@@ -21,7 +21,8 @@ from allocator.ratio_plans import removed_ratios
 from allocator.reporter import Reporter
 from allocator.searches import make_search, needs_importances
 from allocator.searches.base import FrontPoint, Noting, Search, SearchSetting
-from allocator.searches.model_guided import corrected_table
+from allocator.searches.local_table import LocalTable
+from allocator.searches.posterior_sampling import corrected_table
 from allocator.searches.thinning import Kept, Thinned, thinned_setting, undominated, widen
 from allocator.searches.warm import WarmStarted
 from objectives.evaluation import Evaluation
@@ -157,8 +158,13 @@ def refit(
     """The table of a setting corrected by everything that was measured, in nats per token.
 
     It is the posterior mean of :mod:`allocator.searches.surrogate`, for solving other budgets with
-    what this run has learned. ``None`` unless the first start was measured.
+    what this run has learned, around where slopes were measured last. ``None`` unless that
+    assignment (without slopes: the first start) was measured on enough text.
     """
-    table = corrected_table(setting)
+    local = LocalTable(setting.problem)
+    for evaluation in evaluations:
+        if evaluation.slopes is not None:
+            local.tell(evaluation)
+    table = corrected_table(setting if local.centre is None else local.around(setting))
     table.tell(evaluations)
     return table.losses()

@@ -67,6 +67,7 @@ class AccuracyTask:
         self._task = _load_task(task)
         self._metric = _find_metric(self._task, metric)
         self.name = f"{self._task.task_name}:{self._metric}"
+        self.has_slopes = False
         self._higher_is_better = bool(self._task.higher_is_better()[self._metric])
         self._tokenizer = tokenizer
         self._batch_size = batch_size

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import nn
 
 from objectives.bank import Bank
-from objectives.evaluation import Evaluation, Fidelity, round_significant
+from objectives.evaluation import Evaluation, Fidelity, Slopes, round_significant
 from objectives.prefix import DEFAULT_PREFIX_BYTES, PrefixReuse
+from objectives.slopes import SlopeReader
 from objectives.task import SequenceLosses, Task, TokenMeter
 from search_spaces.space import Assignment
 
@@ -41,6 +43,7 @@ class Evaluator:
         self._prefix = PrefixReuse(model, bank.space, most_bytes=prefix_bytes)
         self._prepared: set[str] = set()
         self._statistics = bank.statistics
+        self._slopes: SlopeReader | None = None
         self._known: dict[tuple[Assignment, Fidelity], Evaluation] = {}
 
     def prepare(self, split: str) -> None:
@@ -52,8 +55,7 @@ class Evaluator:
 
     def once(self, assignment: Assignment, fidelity: Fidelity) -> Evaluation:
         """Measure, or hand out what was measured before with the same compressed weights."""
-        if self._statistics is not self._bank.statistics:
-            self._statistics, self._known = self._bank.statistics, {}
+        self._forget_old_weights()
         key = (assignment, fidelity)
         if key not in self._known:
             self._known[key] = self(assignment, fidelity)
@@ -63,6 +65,8 @@ class Evaluator:
         """Measure one assignment; a non-finite loss is a failed evaluation."""
         self.prepare(fidelity.split)
         indices = fidelity.indices(self._task.num_sequences(fidelity.split))
+        if fidelity.slopes:
+            return self._differentiate(assignment, fidelity, indices)
         self._bank.swap(assignment)
         with self._prefix.measuring(assignment) as work:
             losses = self._task.sequence_losses(self._model, fidelity.split, indices)
@@ -76,11 +80,39 @@ class Evaluator:
             assignment, fidelity, losses, num_tokens=tokens, num_block_tokens=block_tokens
         )
 
+    def _forget_old_weights(self) -> None:
+        """What was learned of weights that were compressed with other statistics is of no use."""
+        if self._statistics is not self._bank.statistics:
+            self._statistics, self._known, self._slopes = self._bank.statistics, {}, None
+
+    def _differentiate(
+        self, assignment: Assignment, fidelity: Fidelity, indices: Sequence[int]
+    ) -> Evaluation:
+        """Measure with slopes, in full forwards."""
+        self._forget_old_weights()
+        if self._slopes is None:
+            self._slopes = SlopeReader(self._model, self._task, self._bank)
+        self._bank.swap(assignment)
+        losses, slopes = self._slopes.read(assignment, fidelity.split, indices)
+        forward = len(indices) * self._task.tokens_per_sequence
+        tokens = fidelity.num_passes * self._task.tokens_per_sequence
+        self._meter.add(fidelity.split, forward)
+        self._meter.add(f"{fidelity.split}_backward", tokens - forward)
+        return evaluation_of(
+            assignment,
+            fidelity,
+            losses,
+            slopes,
+            num_tokens=tokens,
+            num_block_tokens=tokens * self._prefix.num_blocks,
+        )
+
 
 def evaluation_of(
     assignment: Assignment,
     fidelity: Fidelity,
     losses: SequenceLosses,
+    slopes: Slopes | None = None,
     *,
     num_tokens: int,
     num_block_tokens: int,
@@ -96,4 +128,5 @@ def evaluation_of(
         num_tokens,
         num_block_tokens,
         None if found else f"non-finite loss {bad}",
+        slopes if found else None,
     )

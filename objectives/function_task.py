@@ -26,6 +26,7 @@ class FunctionTask:
     """
 
     name = "loss_increase"
+    has_slopes = True
 
     def __init__(self, loss: LossFunction, splits: Mapping[str, Sequence[Any]]) -> None:
         filled = {name for name, batches in splits.items() if len(batches)}
@@ -65,8 +66,9 @@ class FunctionTask:
         return self._scalar(model, split, index)
 
     def loss(self, model: nn.Module, split: str, index: int) -> Tensor:
-        """The loss of one batch, with a graph; it differs from what is measured by a constant."""
-        return self._scalar(model, split, index)
+        """The increase of one batch's loss, with a graph; its loss before its split is prepared."""
+        own = self._scalar(model, split, index)
+        return own - self._dense[split][index] if split in self._dense else own
 
     def _absolute(self, model: nn.Module, split: str, indices: Sequence[int]) -> list[float]:
         with torch.no_grad():

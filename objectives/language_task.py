@@ -41,6 +41,7 @@ class LanguageTask:
         if objective not in ("kl", "cross_entropy"):
             raise ValueError(f"objective must be kl or cross_entropy, got {objective!r}")
         self.name = objective
+        self.has_slopes = True
         self._splits: Mapping[str, Tensor] = calibration.splits
         self._hashes = calibration.hashes
         self._top_k = top_k
@@ -110,9 +111,13 @@ class LanguageTask:
         return _cross_entropy(logits_of(model, tokens), tokens)[0]
 
     def loss(self, model: nn.Module, split: str, index: int) -> Tensor:
-        """The measured loss per token of one sequence, with a graph."""
+        """The measured loss per token of one sequence, with a graph.
+
+        Before its split is prepared a cross-entropy is the model's own, not the increase.
+        """
         if self.name != "kl":
-            return self.likelihood_loss(model, split, index)
+            own = self.likelihood_loss(model, split, index)
+            return own - float(self._dense[split][index]) if split in self._dense else own
         logits = logits_of(model, self._splits[split][[index]])
         kept, values = self._teacher_rows(split, torch.tensor([index]), logits.device)
         return kl_per_token(kept, values, logits[0]).mean()

@@ -56,6 +56,7 @@ class MultiTask:
         given = [1.0] * len(tasks) if weights is None else list(weights)
         self.weights = check_weights(given, len(tasks))
         self.name = " + ".join(dict.fromkeys(task.name for task in tasks))
+        self.has_slopes = all(task.has_slopes for task in tasks)
         self._tasks = tuple(tasks)
 
     @property

@@ -59,6 +59,7 @@ class RepresentationTask:
             names = " or ".join(REPRESENTATIONS)
             raise ValueError(f"objective must be {names}, got {objective!r}")
         self.name = objective
+        self.has_slopes = True
         self._splits: Mapping[str, Tensor] = calibration.splits
         self._masks = {} if masks is None else _checked(masks, self._splits)
         self._hashes = calibration.hashes

@@ -24,9 +24,16 @@ class SequenceLosses:
 
 
 class Task(Protocol):
-    """A loss on data with splits ``statistics``, ``search``, ``guard`` and ``heldout``."""
+    """A loss on data with splits ``statistics``, ``search``, ``guard`` and ``heldout``.
+
+    Attributes:
+        name: Of the loss.
+        has_slopes: Whether :meth:`loss` is what is measured, so that its gradient says how that
+            changes.
+    """
 
     name: str
+    has_slopes: bool
 
     @property
     def tokens_per_sequence(self) -> int:

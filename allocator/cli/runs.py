@@ -90,6 +90,9 @@ def search(
     sequences: Annotated[
         int | None, typer.Option(help="Sequences per evaluation; else what the search prefers.")
     ] = None,
+    slopes: Annotated[
+        bool, typer.Option(help="Let the search differentiate the loss; needs a backward's memory.")
+    ] = True,
     trials: Annotated[
         int | None, typer.Option(help="Most evaluations (as read 600 sequences if no cap).")
     ] = None,
@@ -146,6 +149,7 @@ def search(
             "seed": seed,
             "window": window,
             "batch": sequences,
+            "slopes": slopes,
             "warm_start": warm_start,
         },
         "caps": _caps(trials, tokens, time, method=method, sequences=sequences),

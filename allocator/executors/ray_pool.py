@@ -62,7 +62,7 @@ class RayPool:
         num_gpus: GPUs per actor; fractions share one without dividing its memory.
         threads: CPUs reserved per actor, and its ``OMP_NUM_THREADS``.
         patience_seconds: A measurement may always take this long, and longer only within ten times
-            the median (per sequence).
+            the median (per sequence and pass).
 
     Raises:
         ValueError: Nonsensical numbers, a cluster that cannot be reached, or a local one with
@@ -221,7 +221,7 @@ class RayPool:
         if job is None:
             return None
         seconds = time.monotonic() - job.started
-        self._seconds_per_sequence.append(seconds / job.fidelity.count)
+        self._seconds_per_sequence.append(seconds / job.fidelity.num_passes)
         return job.key, evaluation
 
     def _replace(
@@ -261,7 +261,7 @@ class RayPool:
         if not self._seconds_per_sequence:
             return max(self._patience_seconds, _UNKNOWN_SECONDS)
         median = statistics.median(self._seconds_per_sequence)
-        return max(self._patience_seconds, _SLOWEST_FACTOR * median * fidelity.count)
+        return max(self._patience_seconds, _SLOWEST_FACTOR * median * fidelity.num_passes)
 
 
 def _require_listener(address: str) -> None:

@@ -39,6 +39,7 @@ class SearchSetting:
             all; empty when the run has none.
         removed: For each unit the ratio that each option removes, what searches over ratios speak
             of; empty for the share of the bytes of the unit's largest option.
+        slopes: Whether fidelities may ask for slopes.
     """
 
     problem: Problem
@@ -50,6 +51,7 @@ class SearchSetting:
     seed: int
     importances: tuple[NDArray[np.float64], ...] = ()
     removed: tuple[NDArray[np.float64], ...] = ()
+    slopes: bool = False
 
     def fidelity(self, index: int) -> Fidelity:
         """The ``index``-th window of the search split; windows tile it, then start over."""

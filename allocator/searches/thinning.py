@@ -95,7 +95,11 @@ class Thinned:
         """Hand results on in the inner search's options; it has no words for the others."""
         self._search.tell(
             [
-                replace(e, assignment=narrow(e.assignment, self._kept))
+                replace(
+                    e,
+                    assignment=narrow(e.assignment, self._kept),
+                    slopes=None if e.slopes is None else e.slopes.kept(self._kept),
+                )
                 for e in evaluations
                 if all(i in options for i, options in zip(e.assignment, self._kept, strict=True))
             ]

@@ -1,11 +1,14 @@
-"""What model_guided alone promises: little text first, an end with a reason, local proposals."""
+"""What model_guided alone promises: slopes first, little text first, an end with a reason."""
 
 from dataclasses import replace
 
 import pytest
 
 from allocator.search_build import build_search
-from allocator.searches.model_guided import ModelGuided, ModelGuidedOptions
+from allocator.searches.descent import DescentOptions
+from allocator.searches.model_guided import ModelGuided
+from allocator.searches.posterior_sampling import SamplingOptions
+from objectives.evaluation import Evaluation
 from objectives.sensitivity import LossTable
 
 from .zoo import drive, get_animal
@@ -31,7 +34,7 @@ def test_the_reference_is_read_on_little_text_first_and_on_all_in_the_end():
 
 def test_it_ends_when_nothing_is_expected_and_says_so():
     animal, setting = single_sequences()
-    search = ModelGuided(setting, ModelGuidedOptions(patience=12))
+    search = ModelGuided(setting, sampling=SamplingOptions(patience=12))
     assert search.ended == ""
     assert search.notes() == {}
     history = drive(search, animal.measure, 2000, 4)
@@ -62,6 +65,77 @@ class Silent:
 
 def test_options_are_whole_and_positive():
     with pytest.raises(ValueError, match="patience must be at least 1, got 0"):
-        ModelGuidedOptions(patience=0)
+        SamplingOptions(patience=0)
     with pytest.raises(ValueError, match="first_sequences must be at least 1"):
-        ModelGuidedOptions(first_sequences=0)
+        SamplingOptions(first_sequences=0)
+
+
+def sloped_sequences():
+    animal = get_animal("sloped")
+    return animal, replace(animal.setting, batch_sequences=1)
+
+
+def test_slopes_take_it_further_on_less_text():
+    animal, setting = sloped_sequences()
+    passes = {}
+    for slopes in (True, False):
+        search = ModelGuided(replace(setting, slopes=slopes))
+        history, spent = [], 0
+        while spent < 150:
+            (proposal,) = search.ask(1, [])
+            history.append(animal.measure(proposal.assignment, proposal.fidelity))
+            search.tell(history[-1:])
+            spent += proposal.fidelity.num_passes
+        passes[slopes] = animal.true_loss(search.best)
+    assert passes[True] < passes[False] < animal.true_loss(animal.dp)
+
+
+def test_after_the_descent_it_samples_around_its_end():
+    animal, setting = sloped_sequences()
+    search = ModelGuided(setting, DescentOptions(most_sequences=4))
+    history = drive(search, animal.measure, 400, 4)
+    with_slopes = [i for i, e in enumerate(history) if e.fidelity.slopes]
+    assert 0 < max(with_slopes) < 350
+    centre = history[max(with_slopes)].assignment
+    later = [e.assignment for e in history[max(with_slopes) + 1 :]]
+    assert later.count(centre) >= 4  # the new reference
+    assert len(set(later)) > 20
+    assert animal.true_loss(search.best) <= 1.02 * animal.true_loss(centre)
+
+
+@pytest.mark.parametrize("how", ["failed", "ignored"])
+def test_without_slopes_where_they_were_promised_it_samples(how):
+    animal, setting = sloped_sequences()
+
+    def measure(assignment, fidelity):
+        if fidelity.slopes and how == "failed":
+            return Evaluation(assignment, fidelity, error="OutOfMemoryError")
+        return replace(animal.measure(assignment, fidelity), slopes=None)
+
+    search = ModelGuided(setting)
+    history = drive(search, measure, 100, 4)
+    assert len(history) == 100
+    assert sum(e.fidelity.slopes for e in history) <= 4  # what was under way
+    assert animal.true_loss(search.best) < 1
+
+
+def test_what_was_measured_before_is_where_the_descent_begins():
+    animal, setting = sloped_sequences()
+    good = drive(ModelGuided(setting), animal.measure, 120)[-1].assignment
+    search = ModelGuided(setting)
+    starts = [setting.fidelity(w) for w in range(4)]
+    for assignment in (*setting.starts, good):
+        search.tell([animal.measure(assignment, window) for window in starts])
+    assert search.ask(1, [])[0].assignment == good
+
+
+def test_any_window_waits_between_rounds():
+    animal, setting = sloped_sequences()
+    search = ModelGuided(setting)
+    asked = search.ask(50, [])
+    assert len(asked) == 8  # two starts on four sequences
+    assert search.ask(1, [p.assignment for p in asked]) == []
+    search.tell([animal.measure(p.assignment, p.fidelity) for p in asked])
+    step = search.ask(50, [])
+    assert len(step) == 8  # the centre and a candidate, on the next four
+    assert {p.fidelity.first for p in step}.isdisjoint(p.fidelity.first for p in asked)

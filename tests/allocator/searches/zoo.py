@@ -18,7 +18,7 @@ import numpy as np
 from allocator.problem import Problem
 from allocator.searches.base import Proposal, Search, SearchSetting
 from allocator.solvers.dynamic import DynamicProgram
-from objectives.evaluation import Evaluation, Fidelity, round_significant
+from objectives.evaluation import Evaluation, Fidelity, Slopes, round_significant
 from search_spaces.space import Assignment
 
 BITS = (2, 3, 4, 5, 8)
@@ -68,7 +68,23 @@ class Animal:
         values = self.true_loss(assignment) + self.effects + noise
         chosen = values[list(fidelity.indices(len(self.effects)))]
         nats = tuple(round_significant(float(value)) for value in chosen)
-        return Evaluation(assignment, fidelity, nats, num_tokens=128 * fidelity.count)
+        slopes = self.slopes(assignment, noise[fidelity.first]) if fidelity.slopes else None
+        tokens = 128 * fidelity.num_passes
+        return Evaluation(assignment, fidelity, nats, num_tokens=tokens, slopes=slopes)
+
+    def slopes(self, assignment: Assignment, noise: float) -> Slopes:
+        """A unit's error is the root of its true loss, along one direction for all options."""
+        errors = [np.sqrt(row) for row in self.truth]
+        own = np.array([row[i] for row, i in zip(errors, assignment, strict=True)])
+        from_pairs = np.zeros(len(own))
+        from_pairs[:-1] += self.pairs * own[1:]
+        from_pairs[1:] += self.pairs * own[:-1]
+        gradient = (2 * own + from_pairs) * (1 + noise)
+        rows = [g * (row - e) for g, row, e in zip(gradient, errors, own, strict=True)]
+        moves = [
+            (row - e) ** 2 / np.maximum(row, e) ** 2 for row, e in zip(errors, own, strict=True)
+        ]
+        return Slopes(*(tuple(tuple(map(float, row)) for row in table) for table in (rows, moves)))
 
 
 def make_animal(
@@ -141,6 +157,11 @@ def make_animal(
     return replace(animal, broken=(unit, dp[unit] - 1))
 
 
+def sloped(animal: Animal) -> Animal:
+    """The same problem, where searches may ask for slopes."""
+    return replace(animal, setting=replace(animal.setting, slopes=True))
+
+
 def _importances(rng, truth, weights) -> tuple[np.ndarray, ...]:
     """Samples whose typical value tells how sensitive each weight of a unit is, but for noise."""
     spread = np.sort(rng.normal(size=64))
@@ -163,6 +184,7 @@ _MAKERS: dict[str, Callable[[], Animal]] = {
     "ragged": lambda: make_animal(6, 11, ragged=True),
     "broken": lambda: make_animal(2, 6, broken=True),
     "whole": lambda: make_animal(2, 8, num_sequences=8),
+    "sloped": lambda: sloped(make_animal(4, 8)),
 }
 ZOO = sorted(_MAKERS)
 

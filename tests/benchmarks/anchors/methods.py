@@ -84,17 +84,22 @@ DEAR = (
 )
 """One-shots that read many times the tokens of a small budget."""
 
-ON_REQUEST = ("evolution B, 10 x tokens", "model_guided, 4 sequences")
+ON_REQUEST = ("evolution B, 10 x tokens", "model_guided, no slopes")
 
 
 def searches(kind: str, length: int) -> dict[str, Searched]:
     """The searches of the table; ``kind`` is ``bits`` or ``sparsity``.
 
     Those ``ON_REQUEST`` answer questions of their own: what ten times the tokens buy EvoPress, and
-    what measuring candidates on little text saves.
+    what ``model_guided`` is without slopes.
     """
     free = evolution(kind, length, same_size_only=False)
-    guided = Searched(lambda setting, batches: ModelGuided(setting), prior="blend")
+    guided = Searched(
+        lambda setting, batches: ModelGuided(setting),
+        prior="blend",
+        sequences=ModelGuided.preferred_sequences,
+    )
+    blind = replace(guided, make=lambda s, batches: ModelGuided(replace(s, slopes=False)))
     return {
         "random": Searched(lambda setting, batches: RandomSearch(setting)),
         "tpe": Searched(lambda setting, batches: TPE(setting), prior="relative_error"),
@@ -102,8 +107,8 @@ def searches(kind: str, length: int) -> dict[str, Searched]:
         "evolution A": Searched(evolution(kind, length, same_size_only=True), feasible="A"),
         "evolution B": Searched(free),
         "evolution B, 10 x tokens": Searched(free, multiple=10),
-        "model_guided": replace(guided, sequences=ModelGuided.preferred_sequences),
-        "model_guided, 4 sequences": guided,
+        "model_guided": guided,
+        "model_guided, no slopes": blind,
     }
 
 

@@ -130,6 +130,7 @@ class Lab:
             num_sequences=self.options.search,
             batch_sequences=4,
             seed=self.seed,
+            slopes=True,
         )
 
     def heldout(self, assignment) -> tuple[float, ...]:

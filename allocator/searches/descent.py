@@ -1,0 +1,217 @@
+"""Descent: from assignment to assignment along measured slopes, each step decoded exactly.
+
+The problem: a hundred measurements of whole assignments say little about a thousand options. One
+backward pass says something about each of them, at the assignment it is taken at. So slopes are
+read off at the best assignment so far, the exact solver finds the best step by them within the
+budget, and the step is taken if it is better on text that its slopes have not seen, on which the
+next slopes are read. That is Gauss and Newton's method with a knapsack for the linear system: the
+damping that keeps steps short grows when one fails and shrinks when one succeeds, as Levenberg and
+Marquardt's.
+
+Steps read little text at first, and more when they fail.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from allocator.searches.base import Proposal, SearchSetting
+from allocator.searches.local_table import DAMPING, LocalTable
+from allocator.solvers.dynamic import Oracle
+from objectives.evaluation import Evaluation, Fidelity
+from search_spaces.space import Assignment
+
+
+@dataclass(frozen=True)
+class DescentOptions:
+    """Tuning of :class:`Descent`.
+
+    Attributes:
+        first_sequences: Sequences for slopes, and as many for candidates, at first.
+        most_sequences: And at most; doubled after steps that failed.
+        damping: Of the first step; see :mod:`allocator.searches.local_table`.
+        calmer: Factor of the damping after a step that failed.
+        bolder: And after one that succeeded.
+        attempts: Candidates from one measurement of slopes.
+        patience: The descent ends after so many failed steps in a row on the most sequences.
+    """
+
+    first_sequences: int = 4
+    most_sequences: int = 16
+    damping: float = DAMPING
+    calmer: float = 1.5
+    bolder: float = 0.9
+    attempts: int = 2
+    patience: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("first_sequences", "attempts", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.bolder < 1 < self.calmer:
+            raise ValueError(
+                f"expected bolder < 1 < calmer, got bolder {self.bolder} and calmer {self.calmer}"
+            )
+
+
+_DEFAULTS = DescentOptions()
+_LEAST_DAMPING = 0.5
+
+
+class Descent:
+    """Damped Gauss-Newton steps over assignments.
+
+    Proposals of one round can be measured in parallel; between rounds it waits.
+
+    Args:
+        setting: Problem, starts, windows of the search split. The first start is where it begins,
+            unless another one is better on the first text.
+        options: Tuning.
+
+    Attributes:
+        table: Slopes so far; its centre is where the descent stands.
+        damping: Of the next step.
+        ended: Nothing more is proposed: steps do not help any more, or there are no slopes.
+    """
+
+    def __init__(self, setting: SearchSetting, options: DescentOptions = _DEFAULTS) -> None:
+        self.table = LocalTable(setting.problem)
+        self.damping = options.damping
+        self.ended = False
+        self._setting = setting
+        self._options = options
+        self._oracle = Oracle(setting.problem.bytes)
+        size = setting.batch_sequences
+        self._num_windows = max(1, setting.num_sequences // size)
+        self._most = min(max(1, options.most_sequences // size), self._num_windows)
+        self._count = min(max(1, options.first_sequences // size), self._most)
+        self._next_window = 0
+        self._centre = setting.starts[0]
+        self._tried = {self._centre}
+        self._num_failed = 0
+        self._num_attempts = 0
+        self._candidate: Assignment | None = None
+        self._queue: list[Proposal] = []
+        self._waiting: set[Proposal] = set()
+        self._losses: dict[tuple[Assignment, Fidelity], float] = {}
+        self._windows = self._more_text()
+        self._differentiated: tuple[Assignment, list[Fidelity]]
+        self._differentiate()
+        for start in setting.starts[1:]:
+            self._measure(start)
+        self._queue.sort(key=lambda proposal: proposal.fidelity.first)  # all starts, then more text
+
+    def ask(self) -> Proposal | None:
+        """The next proposal of the round; ``None`` while it waits for results, or at its end."""
+        return None if self.ended or not self._queue else self._queue.pop(0)
+
+    def tell(self, evaluation: Evaluation) -> None:
+        """Take in a result; those that this descent did not ask for are ignored."""
+        proposal = Proposal(evaluation.assignment, evaluation.fidelity)
+        if self.ended or proposal not in self._waiting:
+            return
+        self._waiting.remove(proposal)
+        if evaluation.fidelity.slopes:
+            if not evaluation.ok or evaluation.slopes is None:
+                self.ended = True  # out of memory, or a model without gradients
+                return
+            self.table.tell(evaluation)
+        window = replace(evaluation.fidelity, slopes=False)
+        self._losses[evaluation.assignment, window] = evaluation.loss_nats
+        if not self._waiting:
+            self._advance()
+
+    def _more_text(self) -> list[Fidelity]:
+        """The next windows of the split."""
+        chosen = range(self._next_window, self._next_window + self._count)
+        self._next_window += self._count
+        return [self._setting.fidelity(i % self._num_windows) for i in chosen]
+
+    def _differentiate(self) -> None:
+        """Slopes at the centre, on the text at hand."""
+        self._candidate, self._num_attempts = None, 0
+        self._differentiated = self._centre, self._windows
+        for window in self._windows:
+            self._submit(Proposal(self._centre, replace(window, slopes=True)))
+
+    def _measure(self, assignment: Assignment) -> None:
+        """The loss of an assignment on the text at hand."""
+        for window in self._windows:
+            if (assignment, window) not in self._losses:
+                self._submit(Proposal(assignment, window))
+
+    def _submit(self, proposal: Proposal) -> None:
+        self._queue.append(proposal)
+        self._waiting.add(proposal)
+
+    def _advance(self) -> None:
+        """Everything asked for was told: take the step, or try another one."""
+        if self._candidate is not None:
+            self._judge(self._candidate)
+            return
+        if (better := self._best_start()) != self._centre:
+            self._centre = better
+            self._differentiate()
+        else:
+            self._step()
+
+    def _best_start(self) -> Assignment:
+        """The centre, or another start that was measured on this text and lost less."""
+        known = [
+            start
+            for start in self._setting.starts
+            if all((start, window) in self._losses for window in self._windows)
+        ]
+        return min([self._centre, *known], key=self._loss)
+
+    def _loss(self, assignment: Assignment) -> float:
+        """Mean loss on the text at hand."""
+        return float(np.mean([self._losses[assignment, window] for window in self._windows]))
+
+    def _step(self) -> None:
+        """Measure the best step by the slopes; if that was measured before, a bolder one."""
+        while self.damping >= _LEAST_DAMPING:
+            losses = self.table.changes(self.damping)
+            choice = self._oracle.solve(losses, self._setting.problem.budget_bytes).choice
+            if choice not in self._tried:
+                self._tried.add(choice)
+                self._candidate = choice
+                if not self._num_attempts:
+                    self._windows = self._more_text()
+                self._num_attempts += 1
+                self._measure(self._centre)
+                self._measure(choice)
+                return
+            self.damping *= self._options.bolder
+        self.damping = self._options.damping
+        self._fail()
+
+    def _judge(self, candidate: Assignment) -> None:
+        """Go on from a better candidate; from a worse one, with shorter steps."""
+        if self._loss(candidate) < self._loss(self._centre):
+            self._centre, self._num_failed = candidate, 0
+            self.damping = max(self.damping * self._options.bolder, _LEAST_DAMPING)
+            self._differentiate()
+            return
+        self.damping *= self._options.calmer
+        if self._num_attempts < self._options.attempts:
+            self._step()
+        else:
+            self._fail()
+
+    def _fail(self) -> None:
+        """No step from these slopes was better: read more text, or end."""
+        if len(self._windows) == self._most:
+            self._num_failed += 1
+        if self._num_failed >= self._options.patience:
+            self.ended = True
+            return
+        self._count = min(2 * self._count, self._most)
+        if (
+            self._differentiated == (self._centre, self._windows)
+            or len(self._windows) < self._count
+        ):
+            self._windows = self._more_text()
+        self._differentiate()
