@@ -324,9 +324,7 @@ def _build(
         num_sequences=stage.num_sequences["search"],
         batch_sequences=min(stage.batch, stage.num_sequences["search"]),
         seed=stage.search.seed,
-        slopes=stage.search.slopes
-        and stage.has_slopes
-        and not any(unit.is_cache for unit in stage.space.units),
+        slopes=stage.has_slopes and stage.search.slopes and not stage.space.has_caches,
     )
     setting = with_samples(
         stage.search.name, setting, stage.space, records=stage.records, bench=stage.bench
@@ -342,7 +340,7 @@ def _build(
 
 def _spent(stage: Stage, evaluations: Sequence[Evaluation]) -> Spent:
     """Tokens of this run: what an earlier one had measured is not its own."""
-    known = {evaluation.key for evaluation in warm_evaluations(stage.records)}
+    known = {e.key for e in warm_evaluations(stage.records)}
     return all_spent(stage.records, [e for e in evaluations if e.key not in known])
 
 
@@ -384,8 +382,7 @@ def _search_tokens(stage: Stage) -> int | None:
     # A pass that a crash made the run repeat is charged once: the cap is part of the history.
     once = recorded_tokens(stage.records, max)
     once["teacher"] = sum(stage.num_sequences.values()) * stage.tokens_per_sequence
-    spent = sum(once.values())
-    left = stage.caps.tokens - spent
+    left = stage.caps.tokens - (spent := sum(once.values()))
     if left < stage.batch * stage.tokens_per_sequence:
         raise ValueError(
             f"the cap of {stage.caps.tokens:,} tokens leaves {max(left, 0):,} for the search after "

@@ -44,7 +44,7 @@ class SlopeReader:
     def __init__(self, model: nn.Module, task: Task, bank: Bank) -> None:
         if not task.has_slopes:
             raise ValueError(f"objective {task.name} has no slopes: it cannot be differentiated")
-        if any(unit.is_cache for unit in bank.space.units):
+        if bank.space.has_caches:
             raise ValueError("slopes are not known where caches are searched")
         self._model = model
         self._task = task

@@ -205,6 +205,11 @@ class SearchSpace:
         return sum(unit.num_weights for unit in self.units)
 
     @cached_property
+    def has_caches(self) -> bool:
+        """Whether any unit is a layer's cache."""
+        return any(unit.is_cache for unit in self.units)
+
+    @cached_property
     def needs(self) -> frozenset[str]:
         """Kinds of statistics that some operator of some menu needs."""
         return frozenset().union(*(o.operator.needs for menu in self.menus for o in menu))

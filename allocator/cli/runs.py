@@ -90,9 +90,7 @@ def search(
     sequences: Annotated[
         int | None, typer.Option(help="Sequences per evaluation; else what the search prefers.")
     ] = None,
-    slopes: Annotated[
-        bool, typer.Option(help="Let the search differentiate the loss; needs a backward's memory.")
-    ] = True,
+    slopes: Annotated[bool, typer.Option(help="Let the search differentiate the loss.")] = True,
     trials: Annotated[
         int | None, typer.Option(help="Most evaluations (as read 600 sequences if no cap).")
     ] = None,
