@@ -8,13 +8,14 @@ sequences, and only then given to the surrogate as the loss on the whole text th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from allocator.searches.base import SearchSetting
 from allocator.searches.surrogate import Observation, Spreads, Surrogate
-from objectives.evaluation import Evaluation
+from objectives.evaluation import Evaluation, Fidelity
 from search_spaces.space import Assignment
 
 _FIRST_TUNING = 16  # observations
@@ -37,7 +38,7 @@ class CorrectedTable:
         self._spreads = spreads
         self._num_reference = num_reference
         self._reference: dict[int, float] = {}
-        self._told: set[str] = set()
+        self._told: set[tuple[Assignment, Fidelity]] = set()
         self._waiting: list[Evaluation] = []
         self._next_tuning = float(_FIRST_TUNING)
         self._scale = 0.0
@@ -52,9 +53,11 @@ class CorrectedTable:
             Those whose reference is known now, in the order in which they were told.
         """
         for evaluation in evaluations:
-            if not evaluation.ok or evaluation.key in self._told:
+            # with slopes or without, it is one measurement of these sequences
+            key = evaluation.assignment, replace(evaluation.fidelity, slopes=False)
+            if not evaluation.ok or key in self._told:
                 continue
-            self._told.add(evaluation.key)
+            self._told.add(key)
             self._waiting.append(evaluation)
             if evaluation.assignment == self._setting.starts[0]:
                 indices = self._indices(evaluation)

@@ -13,7 +13,7 @@ text first. So the search begins on a few windows of the split and opens more as
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -119,6 +119,8 @@ class PosteriorSampling:
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
         """Correct the table; failed evaluations teach nothing and are never the best."""
         for evaluation in evaluations:
+            if evaluation.slopes is not None:  # its loss need not be measured again
+                self._asked.add((evaluation.assignment, replace(evaluation.fidelity, slopes=False)))
             before = self.best
             for used in self._table.tell([evaluation]):
                 self._adapt(before, used.assignment)
@@ -165,8 +167,10 @@ class PosteriorSampling:
 
     def _propose(self, pending: Collection[Assignment]) -> Proposal | None:
         self._num_asked += 1
-        if self._queue:
-            return self._note(self._queue.pop(0))
+        while self._queue:
+            proposal = self._queue.pop(0)
+            if (proposal.assignment, proposal.fidelity) not in self._asked:
+                return self._note(proposal)
         turn = self._num_asked
         if turn % self._options.confirm_every == 0 and (again := self._confirmation()) is not None:
             return self._note(again)

@@ -90,7 +90,7 @@ class Lab:
         self.num_blocks = len(find_blocks(self.loaded.model, self.space))
 
     def stream(self, name: str, count: int) -> list:
-        """The first proposals of a real search at 3 bits, with their windows."""
+        """Of a real search's first proposals at 3 bits those without slopes, and their windows."""
         budget = resolve_budget("3.25bpw", self.space)
         rows = tuple(
             np.array([2.0 ** -(2 * option.bytes * 8 / unit.num_weights) for option in menu])
@@ -106,6 +106,7 @@ class Lab:
             num_sequences=16,
             batch_sequences=BATCH,
             seed=0,
+            slopes=True,
         )
         executor = InProcess(lambda: self.reusing)
         limits = Limits(window=16, tokens_per_sequence=LENGTH, trials=count)
@@ -117,7 +118,7 @@ class Lab:
             record=lambda evaluation: None,
             progress=lambda state: None,
         )
-        return [(e.assignment, e.fidelity) for e in history.evaluations]
+        return [(e.assignment, e.fidelity) for e in history.evaluations if e.slopes is None]
 
     def replay(self, evaluator, stream, *, ordered: bool) -> tuple[float, list]:
         """Measure a stream, sixteen at a time in an executor's order, or as it comes; timed."""

@@ -74,7 +74,8 @@ def evaluations(model, operators=MENU, **options):
     )
     low, high = (tuple(choice for _ in space.menus) for choice in (0, 1))
     half = tuple(int(unit.depth == 1) for unit in space.units)
-    return [evaluate(choice, Fidelity("search", 0, 4)) for choice in (low, half, high, low)], bank
+    found = [evaluate(choice, Fidelity("search", 0, 4)) for choice in (low, half, high, low)]
+    return [*found, evaluate(half, Fidelity("search", 0, 2, slopes=True))], bank
 
 
 def test_the_devices_of_these_tests_refuse_what_real_ones_would():
