@@ -80,7 +80,13 @@ class StreamedEvaluator:
         return self.measure([assignment], fidelity)[0]
 
     def measure(self, assignments: Sequence[Assignment], fidelity: Fidelity) -> list[Evaluation]:
-        """Measure several assignments in one pass over the blocks."""
+        """Measure several assignments in one pass over the blocks.
+
+        Raises:
+            ValueError: The fidelity asks for slopes.
+        """
+        if fidelity.slopes:
+            raise ValueError("a streamed model gives no slopes: measure it in memory")
         for assignment in assignments:
             self._space.check(assignment)
         self.prepare(fidelity.split)

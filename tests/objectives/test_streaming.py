@@ -153,6 +153,8 @@ def test_assignments_that_agree_share_the_blocks_before_they_differ():
     evaluate.measure([dense, last], Fidelity("search", 0, 2))
     assert meter.counts["search"] == 2 * 2 * LENGTH
     assert meter.block_counts["search"] == (5 + 2) * 2 * LENGTH
+    with pytest.raises(ValueError, match="gives no slopes"):
+        evaluate(dense, Fidelity("search", 0, 2, slopes=True))
 
 
 def test_teacher_of_an_earlier_process_is_not_computed_again(tmp_path):
