@@ -66,8 +66,8 @@ class Descent:
     Proposals of one round can be measured in parallel; between rounds it waits.
 
     Args:
-        setting: Problem, starts, windows of the search split. The first start is where it begins,
-            unless another one is better on the first text.
+        setting: Problem, starts, windows of the search split; the seed orders them. The first
+            start is where it begins, unless another one is better on the first text.
         options: Tuning.
 
     Attributes:
@@ -87,6 +87,7 @@ class Descent:
         self._num_windows = max(1, setting.num_sequences // size)
         self._most = min(max(1, options.most_sequences // size), self._num_windows)
         self._count = min(max(1, options.first_sequences // size), self._most)
+        self._order = np.random.default_rng(setting.seed).permutation(self._num_windows)
         self._next_window = 0
         self._centre = setting.starts[0]
         self._tried = {self._centre}
@@ -101,7 +102,8 @@ class Descent:
         self._differentiate()
         for start in setting.starts[1:]:
             self._measure(start)
-        self._queue.sort(key=lambda proposal: proposal.fidelity.first)  # all starts, then more text
+        place = {window.first: number for number, window in enumerate(self._windows)}
+        self._queue.sort(key=lambda proposal: place[proposal.fidelity.first])  # all starts first
 
     def ask(self) -> Proposal | None:
         """The next proposal of the round; ``None`` while it waits for results, or at its end."""
@@ -124,10 +126,10 @@ class Descent:
             self._advance()
 
     def _more_text(self) -> list[Fidelity]:
-        """The next windows of the split."""
-        chosen = range(self._next_window, self._next_window + self._count)
+        """The next windows of the split, in the seed's order."""
+        places = np.arange(self._next_window, self._next_window + self._count) % self._num_windows
         self._next_window += self._count
-        return [self._setting.fidelity(i % self._num_windows) for i in chosen]
+        return [self._setting.fidelity(int(window)) for window in self._order[places]]
 
     def _differentiate(self) -> None:
         """Slopes at the centre, on the text at hand."""

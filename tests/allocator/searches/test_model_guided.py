@@ -123,9 +123,8 @@ def test_what_was_measured_before_is_where_the_descent_begins():
     animal, setting = sloped_sequences()
     good = drive(ModelGuided(setting), animal.measure, 120)[-1].assignment
     search = ModelGuided(setting)
-    starts = [setting.fidelity(w) for w in range(4)]
     for assignment in (*setting.starts, good):
-        search.tell([animal.measure(assignment, window) for window in starts])
+        search.tell([animal.measure(assignment, setting.fidelity(w)) for w in range(4)])
     assert search.ask(1, [])[0].assignment == good
 
 
