@@ -135,7 +135,7 @@ def test_returned_plan_is_the_best_on_the_guard_and_bounds_hold(model):
 
 def test_equal_seeds_give_equal_plans(model):
     plans = []
-    for seed in (0, 0, 1):
+    for seed in (0, 0, 3):  # which reads the two windows in the other order
         model.load_state_dict(TRAINED)
         found = allocate(
             model, "3.5bpw", data=make_batches(), loss=loss, options=options(seed=seed)
