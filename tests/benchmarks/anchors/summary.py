@@ -111,7 +111,16 @@ def draw(records, path: Path) -> None:
             axes.minorticks_off()
             axes.set_title(f"{place[0]}, {place[1]}")
             axes.spines[["top", "right"]].set_visible(False)
-        panels[0][-1].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+        named = [axes.get_legend_handles_labels() for axes in panels[0]]
+        shown = {label: line for found in named for line, label in zip(*found, strict=True)}
+        panels[0][-1].legend(
+            [shown[name] for name in sorted(shown)],
+            sorted(shown),
+            frameon=False,
+            fontsize=9,
+            loc="center left",
+            bbox_to_anchor=(1, 0.5),
+        )
         figure.tight_layout()
         figure.savefig(path, metadata={"Date": None})
         pyplot.close(figure)
