@@ -139,7 +139,7 @@ def test_killed_by_the_clock(undisturbed, tmp_path):
         num_killed += process.returncode == -signal.SIGKILL
         if (folder / "config.yaml").exists():
             words = ["resume", folder]
-    assert num_killed >= 5
+    assert num_killed >= 3
     process = start(*words)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
@@ -232,7 +232,7 @@ def workers():
 @pytest.mark.parametrize("num", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ray_workers_give_the_same_run(ray_session, undisturbed, tmp_path, num):
     folder = search(tmp_path, trials=TRIALS, executor="ray", workers=num)
-    assert (folder / "plan.json").read_bytes() == (undisturbed / "plan.json").read_bytes()
+    assert_same_end(folder, undisturbed)
 
 
 @pytest.mark.ray
