@@ -14,7 +14,7 @@ along with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -93,14 +93,12 @@ class SlopeReader:
         moves = [self._moves_from(unit, option) for unit, option in enumerate(assignment)]
         return SequenceLosses(losses), Slopes(_rounded(nats), _rounded(moves))
 
-    def _differences(self, unit: int, place: int, current: int) -> list[tuple[int, Tensor]]:
-        """For each other option, what it would add to a member's weights."""
+    def _differences(self, unit: int, place: int, current: int) -> Iterator[tuple[int, Tensor]]:
+        """For each other option, one after the other, what it would add to a member's weights."""
         weight = self._bank.compressed(unit, current)[place]
-        return [
-            (option, self._bank.compressed(unit, option)[place] - weight)
-            for option in range(len(self._bank.space.menus[unit]))
-            if option != current
-        ]
+        for option in range(len(self._bank.space.menus[unit])):
+            if option != current:
+                yield option, self._bank.compressed(unit, option)[place] - weight
 
     def _moves_from(self, unit: int, current: int) -> Row:
         """Squared distances to every option, over the larger of both options' squared errors."""

@@ -130,8 +130,9 @@ def test_killed_by_the_clock(undisturbed, tmp_path):
     succeeded = start(*search_arguments(runs=tmp_path / "timed", trials=TRIALS, name="run"))
     succeeded.communicate()
     longest = time.monotonic() - began
-    num_killed = 0
-    for _ in range(8):
+    num_killed = num_tries = 0
+    while num_tries < 8 or (num_killed < 5 and num_tries < 24):  # a busy machine kills late
+        num_tries += 1
         process = start(*words)
         time.sleep(rng.uniform(0.2, 1.0) * longest)
         process.kill()
@@ -139,7 +140,7 @@ def test_killed_by_the_clock(undisturbed, tmp_path):
         num_killed += process.returncode == -signal.SIGKILL
         if (folder / "config.yaml").exists():
             words = ["resume", folder]
-    assert num_killed >= 3
+    assert num_killed >= 5
     process = start(*words)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
@@ -232,7 +233,12 @@ def workers():
 @pytest.mark.parametrize("num", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ray_workers_give_the_same_run(ray_session, undisturbed, tmp_path, num):
     folder = search(tmp_path, trials=TRIALS, executor="ray", workers=num)
-    assert_same_end(folder, undisturbed)
+    ours, theirs = load(folder / "plan.json"), load(undisturbed / "plan.json")
+    if num > 1:  # forward passes that two workers cannot share
+        del ours["block_tokens"], theirs["block_tokens"]
+    assert ours == theirs
+    if num == 1:
+        assert (folder / "plan.json").read_bytes() == (undisturbed / "plan.json").read_bytes()
 
 
 @pytest.mark.ray

@@ -69,8 +69,8 @@ def test_proposals_fit_budget_and_split_for_any_window(make, animal, window):
 def test_starts_are_measured_first_and_on_the_same_text(make, animal, window):
     history = drive(make(animal.seeded(0)), animal.measure, 2, window)
     assert tuple(e.assignment for e in history) == animal.setting.starts
-    assert history[0].fidelity.first == history[1].fidelity.first
-    assert history[0].fidelity.count == history[1].fidelity.count
+    first, second = (replace(e.fidelity, slopes=False) for e in history)
+    assert first == second
 
 
 def test_asking_for_many_gives_at_most_many(make, animal):

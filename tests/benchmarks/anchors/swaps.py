@@ -61,12 +61,12 @@ def main() -> None:
     table = setting.problem.losses
     estimates = {"blend table": [row - row[i] for row, i in zip(table, centre, strict=True)]}
     for count in (4, 16):
-        local = LocalTable(setting.problem, trust=0.0)
-        local.tell(evaluate(centre, Fidelity("search", 32, count, slopes=True)))
-        estimates[f"slopes, {count} sequences"] = local.changes(damping=0.0)
-        trusting = LocalTable(setting.problem)
-        trusting.tell(evaluate(centre, Fidelity("search", 32, count, slopes=True)))
-        estimates[f"local table, {count} sequences"] = trusting.changes()
+        slopes = evaluate(centre, Fidelity("search", 32, count, slopes=True))
+        alone, local = LocalTable(setting.problem, trust=0.0), LocalTable(setting.problem)
+        alone.tell(slopes)
+        local.tell(slopes)
+        estimates[f"slopes, {count} sequences"] = alone.changes(damping=0.0)
+        estimates[f"local table, {count} sequences"] = local.changes()
     print("| estimate | all swaps | down | up |\n| --- | ---: | ---: | ---: |")
     down = np.array([option < centre[unit] for unit, option in swaps])
     measured = changes.mean(axis=1)
