@@ -14,10 +14,11 @@ from allocator.bench import Bench
 from allocator.budget import resolve_budget
 from allocator.config import CapsConfig, SearchConfig
 from allocator.executors import InProcess
-from allocator.pipeline import Outcome, Stage, run_pipeline
+from allocator.pipeline import Outcome, run_pipeline
 from allocator.plan import ModelIdentity, Plan, save_plan
 from allocator.plan_build import PlanFacts, build_plan
 from allocator.reporter import Reporter, Silent
+from allocator.stage import Stage
 from objectives.function_task import FunctionTask, LossFunction, split_batches
 from objectives.loading import hash_module
 from objectives.task import Task

@@ -18,16 +18,12 @@ from allocator.accounts import (
     Records,
     Spent,
     all_spent,
-    recorded_evaluations,
     recorded_tokens,
-    spending,
 )
 from allocator.budget import Budget
-from allocator.config import CapsConfig, SearchConfig
-from allocator.executors import Executor
 from allocator.loop import NOTHING_MORE, History, Limits, Progress, run_search
+from allocator.measuring import Lazy, Measuring
 from allocator.problem import Problem, Solution
-from allocator.reporter import Reporter
 from allocator.search_build import (
     BuiltSearch,
     Found,
@@ -37,56 +33,16 @@ from allocator.search_build import (
     warm_starts,
     with_samples,
 )
-from allocator.searches import preferred_sequences
 from allocator.searches.base import SearchSetting
 from allocator.solvers.dynamic import DynamicProgram
-from allocator.tables import BenchSource, TableStore, Wanted, build_tables
-from objectives.evaluation import Evaluation, Fidelity, evaluation_key
+from allocator.stage import Stage
+from allocator.tables import Wanted, build_tables
+from objectives.evaluation import Evaluation
 from objectives.sensitivity import LossTable
 from search_spaces.space import Assignment, SearchSpace
 
 REFIT = "refit"
 """Name of the table that a search has corrected, beside the scorers' own."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a run has to work with.
-
-    Attributes:
-        space: Units, menus, bytes.
-        budget: Resolved for the space.
-        search: Which search, scorer, seed, window.
-        caps: Where the search stops.
-        records: The journal.
-        bench: Gives the live bench of this process.
-        executor: Starts what measures; called once, when something has to be measured.
-        num_sequences: Of the splits ``search``, ``guard`` and ``heldout``.
-        tokens_per_sequence: Of the task.
-        has_slopes: Whether the gradient of the task's loss is that of what is measured.
-        store: Tables of earlier runs.
-        reporter: Shown the progress.
-        extend: Search on where an earlier session's search had ended.
-    """
-
-    space: SearchSpace
-    budget: Budget
-    search: SearchConfig
-    caps: CapsConfig
-    records: Records
-    bench: BenchSource
-    executor: Callable[[], Executor]
-    num_sequences: Mapping[str, int]
-    tokens_per_sequence: int
-    has_slopes: bool
-    store: TableStore | None
-    reporter: Reporter
-    extend: bool = False
-
-    @property
-    def batch(self) -> int:
-        """Sequences per evaluation."""
-        return self.search.batch or preferred_sequences(self.search.name)
 
 
 @dataclass(frozen=True)
@@ -177,85 +133,6 @@ def additive_problem(space: SearchSpace, table: LossTable, budget: Budget) -> Pr
     return Problem(costs, table.losses, budget.searched_bytes)
 
 
-class Measuring:
-    """Measures through one executor, never twice, and records what came out."""
-
-    def __init__(self, stage: Stage) -> None:
-        self._stage = stage
-        self._executor: Executor | None = None
-        self.cache = {e.key: e for e in warm_evaluations(stage.records)}
-        self.cache |= recorded_evaluations(stage.records.records)
-
-    @property
-    def executor(self) -> Executor:
-        """What measures, started when first needed."""
-        self.start()
-        assert self._executor is not None
-        return self._executor
-
-    def start(self) -> None:
-        """Run the dense model on what will be measured, then start what measures."""
-        if self._executor is None:
-            self._prepare()
-            self._executor = self._stage.executor()
-
-    def record(self, evaluation: Evaluation) -> None:
-        """Make a measurement durable."""
-        self._stage.records.append({"type": "evaluation", "evaluation": evaluation.to_json()})
-
-    def all(self, candidates: Mapping[str, Assignment], split: str) -> dict[str, Evaluation]:
-        """Measure candidates on every sequence of a split."""
-        fidelity = Fidelity(split, 0, self._stage.num_sequences[split])
-        keys = {name: evaluation_key(a, fidelity) for name, a in candidates.items()}
-        todo = {keys[name]: candidates[name] for name in candidates if keys[name] not in self.cache}
-        for key, assignment in todo.items():
-            self.executor.submit(key, assignment, fidelity)
-        advance = self._stage.reporter.stage(f"measuring on {split} text", len(todo))
-        while any(key not in self.cache for key in todo):
-            # What a stopped search left under way may arrive first; it is worth recording too.
-            key, evaluation = self.executor.next()
-            if key not in self.cache:
-                self.record(evaluation)
-                self.cache[key] = evaluation
-            advance(sum(key in self.cache for key in todo), "")
-        return {name: self.cache[key] for name, key in keys.items()}
-
-    def close(self) -> None:
-        """Release the executor."""
-        if self._executor is not None:
-            self._executor.close()
-
-    def _prepare(self) -> None:
-        """Run the dense model on what will be measured, once, before workers start."""
-        bench = self._stage.bench()
-        with spending(bench.meter, self._stage.records):
-            bench.observe()
-        advance = self._stage.reporter.stage("dense model", len(self._stage.num_sequences))
-        for done, split in enumerate(self._stage.num_sequences, start=1):
-            with spending(bench.meter, self._stage.records):
-                bench.evaluator.prepare(split)
-            advance(done, split)
-
-
-class _Lazy:
-    """An executor that starts when something is first submitted: replaying needs no model."""
-
-    def __init__(self, measuring: Measuring) -> None:
-        self._measuring = measuring
-
-    def submit(self, key: str, assignment: Assignment, fidelity: Fidelity) -> None:
-        self._measuring.executor.submit(key, assignment, fidelity)
-
-    def next(self) -> tuple[str, Evaluation]:
-        return self._measuring.executor.next()
-
-    def drop_queued(self) -> None:
-        self._measuring.executor.drop_queued()
-
-    def close(self) -> None:
-        self._measuring.close()
-
-
 def _search(
     stage: Stage,
     tables: Mapping[str, LossTable],
@@ -283,7 +160,7 @@ def _search(
     else:
         history = run_search(
             search,
-            _Lazy(measuring),
+            Lazy(measuring),
             limits=limits,
             cache=measuring.cache,
             record=measuring.record,
@@ -382,7 +259,8 @@ def _search_tokens(stage: Stage) -> int | None:
     # A pass that a crash made the run repeat is charged once: the cap is part of the history.
     once = recorded_tokens(stage.records, max)
     once["teacher"] = sum(stage.num_sequences.values()) * stage.tokens_per_sequence
-    left = stage.caps.tokens - (spent := sum(once.values()))
+    spent = sum(once.values())
+    left = stage.caps.tokens - spent
     if left < stage.batch * stage.tokens_per_sequence:
         raise ValueError(
             f"the cap of {stage.caps.tokens:,} tokens leaves {max(left, 0):,} for the search after "

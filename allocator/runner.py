@@ -17,7 +17,7 @@ from allocator.bench import BenchPool
 from allocator.budget import Budget
 from allocator.config import RunConfig, load_config
 from allocator.journal import Journal
-from allocator.pipeline import REFIT, Outcome, Stage, additive_problem, run_pipeline
+from allocator.pipeline import REFIT, Outcome, additive_problem, run_pipeline
 from allocator.plan import Plan, save_plan
 from allocator.plan_build import PlanFacts, build_plan
 from allocator.report import write_report
@@ -27,6 +27,7 @@ from allocator.run_folder import RunFolder, save_losses, write_text
 from allocator.search_build import Found
 from allocator.session import Session, begin, reopen, unfinished
 from allocator.solvers.dynamic import DynamicProgram
+from allocator.stage import Stage
 from search_spaces.space import SearchSpace
 
 _MEASURED_SPLITS = ("search", "guard", "heldout")

@@ -67,8 +67,47 @@ def check_device_map(device_map: DeviceMap, device: str) -> tuple[str, ...]:
         )
     if isinstance(device_map, str):
         return () if device_map in DEVICE_MAPS else (device_map,)
-    places = (f"cuda:{place}" if isinstance(place, int) else place for place in device_map.values())
+    places = map(_device, device_map.values())
     return tuple(dict.fromkeys(place for place in places if place != "disk"))
+
+
+def check_blocks(device_map: DeviceMap, model: nn.Module) -> None:
+    """Refuse a map that splits a block: its states are kept and brought along block by block.
+
+    Args:
+        device_map: Words pass: ``accelerate`` keeps the blocks of a word's map whole.
+        model: Its weights may be on the meta device.
+
+    Raises:
+        ValueError: A block would lie on several devices; with its name and theirs.
+    """
+    if isinstance(device_map, str):
+        return
+    blocks = set(getattr(model, "_no_split_modules", None) or ())
+    for name, module in model.named_modules():
+        if type(module).__name__ not in blocks:
+            continue
+        weights = (f"{name}.{weight}" for weight, _ in module.named_parameters())
+        found = sorted({_place_of(weight, device_map) for weight in weights})
+        if len(found) > 1:
+            raise ValueError(
+                f"the device map splits {name} between the devices {', '.join(found)}; "
+                "give all of a block one device"
+            )
+
+
+def _place_of(weight: str, device_map: Mapping[str, str | int]) -> str:
+    """The device of the longest name in the map that leads to a weight; empty where none does."""
+    parts = weight.split(".")
+    for length in range(len(parts), -1, -1):
+        if (name := ".".join(parts[:length])) in device_map:
+            return _device(device_map[name])
+    return ""
+
+
+def _device(place: str | int) -> str:
+    """A device as torch names it."""
+    return f"cuda:{place}" if isinstance(place, int) else place
 
 
 def devices_of(model: nn.Module) -> tuple[torch.device, ...]:

@@ -20,8 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from objectives.device_map import DeviceMap, check_device_map
+from objectives.device_map import DeviceMap, check_blocks, check_device_map
 from objectives.embedded import EMBEDDED_MODELS, prepare_embedded
+from search_spaces.models.skeleton import skeleton
 from search_spaces.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def load_model(
         ValueError: No such model, dtype or device; a folder without configuration, safetensors or
             tokenizer; a damaged file; weights that are missing, already quantized, or not those of
             a causal language model that transformers knows; a device map without ``accelerate``,
-            beside a device, of unknown ones, or that leaves weights off every device.
+            beside a device, of unknown ones, that splits a block or leaves weights off every
+            device.
     """
     if device_map is not None:
         for place in check_device_map(device_map, device):
@@ -93,6 +95,8 @@ def load_model(
     folder = find_model(name)
     config = read_config(folder)
     files = weight_files(folder)
+    if device_map is not None:
+        check_blocks(device_map, skeleton(folder))
     model = _load_weights(folder, chosen_dtype, device_map)
     tokenizer = load_tokenizer(folder)
     return LoadedModel(

@@ -8,17 +8,21 @@ next slopes are read. That is Gauss and Newton's method with a knapsack for the 
 damping that keeps steps short grows when one fails and shrinks when one succeeds, as Levenberg and
 Marquardt's.
 
-Steps read little text at first, and more when they fail.
+Steps read little text at first, and more when they fail. A candidate races against the assignment
+it would replace: it is dropped, or taken, as soon as their difference on the text read so far is
+significant.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from allocator.searches.base import Proposal, SearchSetting
 from allocator.searches.local_table import DAMPING, LocalTable
+from allocator.searches.racing import Verdict, judge
 from allocator.solvers.dynamic import Oracle
 from objectives.evaluation import Evaluation, Fidelity
 from search_spaces.space import Assignment
@@ -29,13 +33,16 @@ class DescentOptions:
     """Tuning of :class:`Descent`.
 
     Attributes:
-        first_sequences: Sequences for slopes, and as many for candidates, at first.
+        first_sequences: Sequences for slopes, and as many at most for candidates, at first.
         most_sequences: And at most; doubled after steps that failed.
+        race_sequences: A race may read at least so many.
         damping: Of the first step; see :mod:`allocator.searches.local_table`.
         calmer: Factor of the damping after a step that failed.
         bolder: And after one that succeeded.
         attempts: Candidates from one measurement of slopes.
         patience: The descent ends after so many failed steps in a row on the most sequences.
+        rung_sequences: A candidate's race is judged after every so many sequences.
+        level: Of each judgement; see :func:`allocator.searches.racing.judge`.
     """
 
     first_sequences: int = 4
@@ -45,9 +52,12 @@ class DescentOptions:
     bolder: float = 0.9
     attempts: int = 2
     patience: int = 2
+    race_sequences: int = 4
+    rung_sequences: int = 4
+    level: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("first_sequences", "attempts", "patience"):
+        for name in ("first_sequences", "attempts", "patience", "rung_sequences"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.bolder < 1 < self.calmer:
@@ -96,12 +106,15 @@ class Descent:
         self._candidate: Assignment | None = None
         self._queue: list[Proposal] = []
         self._waiting: set[Proposal] = set()
-        self._losses: dict[tuple[Assignment, Fidelity], float] = {}
-        self._windows = self._more_text()
+        self._losses: dict[tuple[Assignment, Fidelity], tuple[float, ...]] = {}
+        self._rung = max(1, options.rung_sequences // size)
+        self._longest_race = min(max(1, options.race_sequences // size), self._num_windows)
+        self._windows: list[Fidelity] = []
+        self._num_raced = 0
         self._differentiated: tuple[Assignment, list[Fidelity]]
         self._differentiate()
         for start in setting.starts[1:]:
-            self._measure(start)
+            self._measure(start, self._windows)
         place = {window.first: number for number, window in enumerate(self._windows)}
         self._queue.sort(key=lambda proposal: place[proposal.fidelity.first])  # all starts first
 
@@ -121,26 +134,30 @@ class Descent:
                 return
             self.table.tell(evaluation)
         window = replace(evaluation.fidelity, slopes=False)
-        self._losses[evaluation.assignment, window] = evaluation.loss_nats
+        self._losses[evaluation.assignment, window] = (
+            evaluation.sequence_nats if evaluation.ok else (math.inf,) * evaluation.fidelity.count
+        )
         if not self._waiting:
             self._advance()
 
-    def _more_text(self) -> list[Fidelity]:
+    def _more_text(self, count: int) -> list[Fidelity]:
         """The next windows of the split, in the seed's order."""
-        places = np.arange(self._next_window, self._next_window + self._count) % self._num_windows
-        self._next_window += self._count
+        places = np.arange(self._next_window, self._next_window + count) % self._num_windows
+        self._next_window += count
         return [self._setting.fidelity(int(window)) for window in self._order[places]]
 
     def _differentiate(self) -> None:
-        """Slopes at the centre, on the text at hand."""
+        """Slopes at the centre, on text at hand."""
+        self._windows = self._windows[: self._count]
+        self._windows += self._more_text(self._count - len(self._windows))
         self._candidate, self._num_attempts = None, 0
         self._differentiated = self._centre, self._windows
         for window in self._windows:
             self._submit(Proposal(self._centre, replace(window, slopes=True)))
 
-    def _measure(self, assignment: Assignment) -> None:
-        """The loss of an assignment on the text at hand."""
-        for window in self._windows:
+    def _measure(self, assignment: Assignment, windows: list[Fidelity]) -> None:
+        """The loss of an assignment on text, where it is not known."""
+        for window in windows:
             if (assignment, window) not in self._losses:
                 self._submit(Proposal(assignment, window))
 
@@ -149,11 +166,10 @@ class Descent:
         self._waiting.add(proposal)
 
     def _advance(self) -> None:
-        """Everything asked for was told: take the step, or try another one."""
+        """Everything asked for was told: judge the race, take the step, or begin another one."""
         if self._candidate is not None:
             self._judge(self._candidate)
-            return
-        if (better := self._best_start()) != self._centre:
+        elif (better := self._best_start()) != self._centre:
             self._centre = better
             self._differentiate()
         else:
@@ -166,33 +182,56 @@ class Descent:
             for start in self._setting.starts
             if all((start, window) in self._losses for window in self._windows)
         ]
-        return min([self._centre, *known], key=self._loss)
+        return min([self._centre, *known], key=lambda start: _mean(self._read(start)))
 
-    def _loss(self, assignment: Assignment) -> float:
-        """Mean loss on the text at hand."""
-        return float(np.mean([self._losses[assignment, window] for window in self._windows]))
+    def _read(self, assignment: Assignment, count: int | None = None) -> list[float]:
+        """Losses of the sequences of the text at hand, or of its first windows."""
+        windows = self._windows[:count]
+        return [nats for window in windows for nats in self._losses[assignment, window]]
 
     def _step(self) -> None:
-        """Measure the best step by the slopes; if that was measured before, a bolder one."""
+        """Begin the race of the best step by the slopes; if it was measured before, of a bolder."""
         while self.damping >= _LEAST_DAMPING:
             losses = self.table.changes(self.damping)
             choice = self._oracle.solve(losses, self._setting.problem.budget_bytes).choice
             if choice not in self._tried:
                 self._tried.add(choice)
-                self._candidate = choice
+                self._candidate, self._num_raced = choice, 0
                 if not self._num_attempts:
-                    self._windows = self._more_text()
+                    self._windows = []
                 self._num_attempts += 1
-                self._measure(self._centre)
-                self._measure(choice)
+                self._race(choice)
                 return
             self.damping *= self._options.bolder
         self.damping = self._options.damping
         self._fail()
 
+    def _race(self, candidate: Assignment) -> None:
+        """Read both sides on the next rung of the text at hand."""
+        rung = self._windows[self._num_raced :][: self._rung]
+        if not rung:
+            rung = self._more_text(min(self._rung, self._most_raced - self._num_raced))
+            self._windows += rung
+        self._num_raced += len(rung)
+        self._measure(self._centre, rung)
+        self._measure(candidate, rung)
+
+    @property
+    def _most_raced(self) -> int:
+        """Windows that a race may read."""
+        return max(self._count, self._longest_race)
+
     def _judge(self, candidate: Assignment) -> None:
-        """Go on from a better candidate; from a worse one, with shorter steps."""
-        if self._loss(candidate) < self._loss(self._centre):
+        """Go on from a better candidate; from a worse one, with shorter steps; or read on."""
+        ours = self._read(candidate, self._num_raced)
+        theirs = self._read(self._centre, self._num_raced)
+        verdict = judge(ours, theirs, self._options.level)
+        if verdict is Verdict.OPEN:
+            if self._num_raced < self._most_raced:
+                self._race(candidate)
+                return
+            verdict = Verdict.BETTER if _mean(ours) < _mean(theirs) else Verdict.WORSE
+        if verdict is Verdict.BETTER:
             self._centre, self._num_failed = candidate, 0
             self.damping = max(self.damping * self._options.bolder, _LEAST_DAMPING)
             self._differentiate()
@@ -205,15 +244,17 @@ class Descent:
 
     def _fail(self) -> None:
         """No step from these slopes was better: read more text, or end."""
-        if len(self._windows) == self._most:
+        if self._count == self._most:
             self._num_failed += 1
         if self._num_failed >= self._options.patience:
             self.ended = True
             return
         self._count = min(2 * self._count, self._most)
-        if (
-            self._differentiated == (self._centre, self._windows)
-            or len(self._windows) < self._count
-        ):
-            self._windows = self._more_text()
+        if self._differentiated == (self._centre, self._windows):
+            self._windows = []
         self._differentiate()
+
+
+def _mean(losses: list[float]) -> float:
+    """Nats per token."""
+    return float(np.mean(losses))

@@ -11,10 +11,11 @@ from scoring import make_context, table
 from torch import nn
 
 from objectives.bank import Bank
-from objectives.device_map import check_device_map, devices_of, parse_device_map
+from objectives.device_map import check_blocks, check_device_map, devices_of, parse_device_map
 from objectives.evaluation import Fidelity
 from objectives.evaluator import Evaluator
 from objectives.language_task import LanguageTask
+from objectives.loading import load_model
 from objectives.output_head import OutputHead
 from objectives.sensitivity import SCORERS
 from objectives.statistics import KINDS
@@ -231,3 +232,19 @@ def test_devices_by_name_are_json():
 def test_unknown_words_are_refused():
     with pytest.raises(ValueError, match=r"device map auto, balanced, .* got 'evenly'"):
         check_device_map("evenly", "auto")
+
+
+def test_a_map_that_splits_a_block_is_refused():
+    model = random_model("llama")
+    check_blocks({"": 0, "model.layers.0": 1, "model.layers.0.mlp": "cuda:1"}, model)
+    check_blocks("auto", model)
+    with pytest.raises(ValueError, match=r"splits model\.layers\.1 between .* cuda:0, cuda:1"):
+        check_blocks({"": 0, "model.layers.1.mlp": 1}, model)
+
+
+def test_a_split_block_is_refused_before_weights_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("objectives.device_map.find_spec", lambda name: True)  # never gets to it
+    random_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match=r"splits model\.layers\.0 between .* cpu, disk"):
+        load_model(str(tmp_path), device_map={"": "cpu", "model.layers.0.mlp": "disk"})

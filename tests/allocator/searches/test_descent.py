@@ -1,5 +1,6 @@
 """The local table and the descent, against numbers by hand and on a problem with known slopes."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -121,6 +122,47 @@ def test_a_failed_candidate_shortens_the_step():
         return sum(a != b for a, b in pairs)
 
     assert changed(proposal.assignment) <= changed(first)
+
+
+def races(animal, options, offset, most=200):
+    """Drive a descent whose candidates all lose so much more than the truth; sequences of each.
+
+    ``offset`` is added to what candidates lose on each sequence; none of them is ever a start.
+    """
+    setting = replace(animal.setting, batch_sequences=1)
+    descent, read = Descent(setting, options), {}
+    for _ in range(most):
+        if (proposal := descent.ask()) is None:
+            break
+        found = animal.measure(proposal.assignment, proposal.fidelity)
+        if not proposal.fidelity.slopes and proposal.assignment not in setting.starts:
+            read[proposal.assignment] = read.get(proposal.assignment, 0) + 1
+            values = tuple(nats + next(offset) for nats in found.sequence_nats)
+            found = replace(found, sequence_nats=values)
+        descent.tell(found)
+    return descent, list(read.values())
+
+
+def test_a_candidate_is_dropped_as_soon_as_it_is_clearly_worse():
+    animal = get_animal("sloped")
+    options = DescentOptions(first_sequences=16, rung_sequences=4, patience=1)
+    _, dropped = races(animal, options, itertools.repeat(100.0))
+    assert dropped == [4, 4]  # both attempts, one rung each
+    _, read = races(animal, replace(options, level=0.0), itertools.repeat(100.0))
+    assert read == [16, 16]
+    _, close = races(animal, options, itertools.cycle([90.0, -80.0]))
+    assert close == [16, 16]  # worse in the mean, never significantly
+
+
+def test_a_candidate_is_taken_as_soon_as_it_is_clearly_better():
+    animal = get_animal("sloped")
+    options = DescentOptions(first_sequences=16, rung_sequences=4)
+    opening = options.first_sequences * len(animal.setting.starts)  # slopes, and the other start
+    descent, read = races(animal, options, itertools.repeat(-100.0), most=opening + 2 * 4)
+    assert read == [4]
+    following = descent.ask()
+    assert following.fidelity.slopes
+    assert following.assignment not in animal.setting.starts
 
 
 def test_what_others_measured_is_ignored():
