@@ -6,8 +6,7 @@ went through) show what sharing forward passes saved.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -43,8 +42,14 @@ class Spent:
 
 
 @contextmanager
-def spending(meter: TokenMeter, records: Records) -> Iterator[None]:
-    """Record the tokens of each kind that are spent inside, if any, also where it fails."""
+def spending(meter: TokenMeter, records: Records, purpose: str) -> Iterator[None]:
+    """Record the tokens of each kind that are spent inside, if any, also where it fails.
+
+    Args:
+        meter: Counts them.
+        records: The journal.
+        purpose: What they are spent on; a pass that a crash made a run repeat keeps its own.
+    """
     before, blocks_before = meter.counts.copy(), meter.block_counts.copy()
     try:
         yield
@@ -53,7 +58,7 @@ def spending(meter: TokenMeter, records: Records) -> Iterator[None]:
         blocks = meter.block_counts - blocks_before
         if spent:
             counts = {"counts": dict(spent), "block_counts": {kind: blocks[kind] for kind in spent}}
-            records.append({"type": "tokens"} | counts)
+            records.append({"type": "tokens", "purpose": purpose} | counts)
 
 
 def recorded_evaluations(records: Iterable[Mapping[str, Any]]) -> dict[str, Evaluation]:
@@ -62,28 +67,36 @@ def recorded_evaluations(records: Iterable[Mapping[str, Any]]) -> dict[str, Eval
     return {evaluation.key: evaluation for evaluation in found}
 
 
-def recorded_tokens(
-    records: Records,
-    combine: Callable[[int, int], int] = operator.add,
-    *,
-    of: str = "counts",
-) -> dict[str, int]:
+def recorded_tokens(records: Records, *, of: str = "counts") -> dict[str, int]:
     """What stages other than measurements recorded, by kind.
 
     Args:
         records: The journal.
-        combine: Of several records of one kind; ``max`` counts a pass that was repeated once.
         of: ``counts`` or ``block_counts``; journals before the latter have none.
     """
     totals: dict[str, int] = {}
     for record in records.records:
         if record["type"] == "tokens":
             for kind, count in record.get(of, {}).items():
-                totals[kind] = combine(totals.get(kind, 0), count)
+                totals[kind] = totals.get(kind, 0) + count
     return totals
 
 
-def all_spent(records: Records, evaluations: Sequence[Evaluation]) -> Spent:
+def undisturbed_tokens(records: Records) -> dict[str, int]:
+    """As :func:`recorded_tokens`, a pass that a crash made the run repeat counted once."""
+    passes: dict[tuple[str, str], int] = {}
+    for record in records.records:
+        if record["type"] == "tokens":
+            for kind, count in record["counts"].items():
+                key = record.get("purpose", ""), kind
+                passes[key] = max(passes.get(key, 0), count)
+    totals: dict[str, int] = {}
+    for (_, kind), count in passes.items():
+        totals[kind] = totals.get(kind, 0) + count
+    return totals
+
+
+def all_spent(records: Records, evaluations: Iterable[Evaluation]) -> Spent:
     """Tokens by kind of a whole run, repeated measurements counted once."""
     tokens, blocks = recorded_tokens(records), recorded_tokens(records, of="block_counts")
     for evaluation in {e.key: e for e in evaluations}.values():

@@ -41,6 +41,7 @@ class Limits:
         tokens: Most tokens read by the distinct measurements; never exceeded. One that fails half
             way is charged in full, a repeated one nothing.
         seconds: Of this session; what is under way then is dropped. Not reproducible.
+        free: Keys of measurements that are not charged: what another run paid for.
     """
 
     window: int
@@ -48,6 +49,7 @@ class Limits:
     trials: int | None = None
     tokens: int | None = None
     seconds: float | None = None
+    free: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for name in ("window", "tokens_per_sequence", "trials", "tokens", "seconds"):
@@ -161,7 +163,7 @@ def run_search(
 
 @dataclass(frozen=True)
 class _Asked:
-    """A proposal under its key, and what it is charged: 0 when it was asked before."""
+    """A proposal under its key, and what it is charged: 0 when it was asked before, or is free."""
 
     key: str
     proposal: Proposal
@@ -216,13 +218,13 @@ class _Window:
         """Charge a proposal, unless that would break the token limit."""
         key = evaluation_key(proposal.assignment, proposal.fidelity)
         price = proposal.fidelity.num_passes * self._limits.tokens_per_sequence
-        if key in self._seen:
+        if key in self._seen or key in self._limits.free:
             price = 0
         limit = self._limits.tokens
         if limit is not None and self._num_tokens + price > limit:
             self.stopped = f"one more measurement would exceed {limit} tokens"
             return None
-        self._num_repeats = 0 if price else self._num_repeats + 1
+        self._num_repeats = self._num_repeats + 1 if key in self._seen else 0
         self._seen.add(key)
         self._num_asked += 1
         self._num_tokens += price

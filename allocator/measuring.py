@@ -18,8 +18,14 @@ class Measuring:
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
         self._executor: Executor | None = None
-        self.cache = {e.key: e for e in warm_evaluations(stage.records)}
-        self.cache |= recorded_evaluations(stage.records.records)
+        recorded = recorded_evaluations(stage.records.records)
+        searched = any(e.ok and e.fidelity.split == "search" for e in recorded.values())
+        # What failed is part of a search's history; where nothing follows from it, try again.
+        self.cache = {e.key: e for e in warm_evaluations(stage.records)} | {
+            key: e
+            for key, e in recorded.items()
+            if e.ok or (searched and e.fidelity.split == "search")
+        }
 
     @property
     def executor(self) -> Executor:
@@ -63,11 +69,11 @@ class Measuring:
     def _prepare(self) -> None:
         """Run the dense model on what will be measured, once, before workers start."""
         bench = self._stage.bench()
-        with spending(bench.meter, self._stage.records):
+        with spending(bench.meter, self._stage.records, "operators"):
             bench.observe()
         advance = self._stage.reporter.stage("dense model", len(self._stage.num_sequences))
         for done, split in enumerate(self._stage.num_sequences, start=1):
-            with spending(bench.meter, self._stage.records):
+            with spending(bench.meter, self._stage.records, f"dense {split}"):
                 bench.evaluator.prepare(split)
             advance(done, split)
 

@@ -8,7 +8,7 @@ goes through the journal, so running this again on the same journal continues wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,8 @@ from allocator.accounts import (
     Records,
     Spent,
     all_spent,
-    recorded_tokens,
+    recorded_evaluations,
+    undisturbed_tokens,
 )
 from allocator.budget import Budget
 from allocator.loop import NOTHING_MORE, History, Limits, Progress, run_search
@@ -123,7 +124,7 @@ def run_pipeline(stage: Stage) -> Outcome:
         num_search_sequences=stage.num_sequences["search"],
         found=built.found(),
         refit=_refit(stage, built.setting, history),
-        spent=_spent(stage, [*history.evaluations, *guard.values(), *heldout.values()]),
+        spent=_spent(stage),
     )
 
 
@@ -146,15 +147,19 @@ def _search(
     if stage.extend and _ended(stage.records) is not None:
         stage.records.append({"type": "extended"})
     ended = _ended(stage.records)
+    tokens = None
+    if ended is None:
+        _search_tokens(stage)  # refuses early
+        measuring.start()  # before the search, whose clock it would eat, and whose tokens
+        tokens = _search_tokens(stage)
     limits = Limits(
         window=stage.search.window,
         tokens_per_sequence=stage.tokens_per_sequence,
         trials=stage.caps.trials if ended is None else max(1, ended["told"]),
-        tokens=_search_tokens(stage),
+        tokens=tokens,
         seconds=stage.caps.seconds if ended is None else None,
+        free=frozenset(e.key for e in warm_evaluations(stage.records)),
     )
-    if ended is None:
-        measuring.start()  # before the search, whose clock it would eat
     if ended is not None and not ended["told"]:
         history = History((), 0, ended["stopped"])  # its time was over before anything was told
     else:
@@ -166,6 +171,9 @@ def _search(
             record=measuring.record,
             progress=_shown(stage, limits),
         )
+    if history.evaluations and history.num_failed == len(history.evaluations):
+        reason = history.evaluations[0].error  # not marked as searched: resuming tries again
+        raise ValueError(f"no candidate could be measured; the first failed with: {reason}")
     if ended is not None:
         history = replace(history, stopped=ended["stopped"])
     else:
@@ -176,9 +184,6 @@ def _search(
         stage.records.append(
             {"type": "searched", "told": told, "stopped": history.stopped, "notes": found.notes}
         )
-    if history.evaluations and history.num_failed == len(history.evaluations):
-        reason = history.evaluations[0].error
-        raise ValueError(f"no candidate could be measured; the first failed with: {reason}")
     best = search.best
     return history, built, built.setting.starts[0] if best is None else best
 
@@ -215,10 +220,9 @@ def _build(
     )
 
 
-def _spent(stage: Stage, evaluations: Sequence[Evaluation]) -> Spent:
-    """Tokens of this run: what an earlier one had measured is not its own."""
-    known = {e.key for e in warm_evaluations(stage.records)}
-    return all_spent(stage.records, [e for e in evaluations if e.key not in known])
+def _spent(stage: Stage) -> Spent:
+    """Tokens of this run, also of what was measured and never told; not those of an earlier run."""
+    return all_spent(stage.records, recorded_evaluations(stage.records.records).values())
 
 
 def _refit(stage: Stage, setting: SearchSetting, history: History) -> LossTable | None:
@@ -257,11 +261,11 @@ def _search_tokens(stage: Stage) -> int | None:
     if stage.caps.tokens is None:
         return None
     # A pass that a crash made the run repeat is charged once: the cap is part of the history.
-    once = recorded_tokens(stage.records, max)
+    once = undisturbed_tokens(stage.records)
     once["teacher"] = sum(stage.num_sequences.values()) * stage.tokens_per_sequence
     spent = sum(once.values())
     left = stage.caps.tokens - spent
-    if left < stage.batch * stage.tokens_per_sequence:
+    if left < min(stage.batch, stage.num_sequences["search"]) * stage.tokens_per_sequence:
         raise ValueError(
             f"the cap of {stage.caps.tokens:,} tokens leaves {max(left, 0):,} for the search after "
             f"{spent:,} for statistics and the dense model; raise it or lower the splits' sizes"

@@ -77,7 +77,7 @@ def record_weighing(meter: TokenMeter, records: Records) -> None:
     """Record what finding the weights cost, if they were found."""
     if meter.counts:
         counts = {"counts": dict(meter.counts), "block_counts": dict(meter.block_counts)}
-        records.append({"type": "tokens"} | counts)
+        records.append({"type": "tokens", "purpose": "weights"} | counts)
 
 
 def text_record(data: DataConfig, texts: Sequence[Calibration]) -> CalibrationRecord:

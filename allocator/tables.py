@@ -124,7 +124,7 @@ def build_tables(
         context = replace(context, incumbent=incumbent)
         for name, scorer in kinds.items():
             try:
-                with spending(bench.meter, records):
+                with spending(bench.meter, records, name):
                     _fill(scorer, context, rows[name], records, reporter)
             except ValueError as error:
                 if name == scorers[0]:
@@ -160,7 +160,7 @@ def _observe(
     """Run the statistics pass that the scorers need."""
     needs = frozenset[str]().union(*(scorer.needs for scorer in scorers))
     advance = reporter.stage("statistics", bench.task.num_sequences("statistics"))
-    with spending(bench.meter, records):
+    with spending(bench.meter, records, "scorers"):
         statistics = bench.observe(needs, lambda done, total: advance(done, ""))
     caches = CacheLosses(bench.model, bench.task, space, bank=bench.bank, meter=bench.meter)
     return ScoringContext(

@@ -78,6 +78,7 @@ class Bank:
         """Compress with these from now on; what was compressed before is forgotten."""
         self._statistics = statistics
         self._store.clear()
+        self.restore()
 
     def parameters(self, unit: int) -> tuple[nn.Parameter, ...]:
         """The live parameters of a unit."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -63,6 +64,7 @@ class Evaluator:
 
     def __call__(self, assignment: Assignment, fidelity: Fidelity) -> Evaluation:
         """Measure one assignment; a non-finite loss is a failed evaluation."""
+        self._forget_old_weights()
         self.prepare(fidelity.split)
         indices = fidelity.indices(self._task.num_sequences(fidelity.split))
         if fidelity.slopes:
@@ -84,12 +86,12 @@ class Evaluator:
         """What was learned of weights that were compressed with other statistics is of no use."""
         if self._statistics is not self._bank.statistics:
             self._statistics, self._known, self._slopes = self._bank.statistics, {}, None
+            self._prefix.clear()
 
     def _differentiate(
         self, assignment: Assignment, fidelity: Fidelity, indices: Sequence[int]
     ) -> Evaluation:
         """Measure with slopes, in full forwards."""
-        self._forget_old_weights()
         if self._slopes is None:
             self._slopes = SlopeReader(self._model, self._task, self._bank)
         self._bank.swap(assignment)
@@ -117,9 +119,20 @@ def evaluation_of(
     num_tokens: int,
     num_block_tokens: int,
 ) -> Evaluation:
-    """What was measured, rounded; a non-finite loss is a failed evaluation."""
-    bad = next((value for value in losses.nats if not math.isfinite(value)), None)
-    found = bad is None
+    """What was measured, rounded; a non-finite loss or slope is a failed evaluation."""
+    told = {"loss": losses.nats}
+    if slopes is not None:
+        told["slope"] = tuple(itertools.chain(*slopes.nats, *slopes.moves))
+    error = next(
+        (
+            f"non-finite {name} {value}"
+            for name, values in told.items()
+            for value in values
+            if not math.isfinite(value)
+        ),
+        None,
+    )
+    found = error is None
     return Evaluation(
         assignment,
         fidelity,
@@ -127,6 +140,6 @@ def evaluation_of(
         tuple(round_significant(v) for v in losses.cross_entropy_nats) if found else (),
         num_tokens,
         num_block_tokens,
-        None if found else f"non-finite loss {bad}",
+        error,
         slopes if found else None,
     )

@@ -158,6 +158,10 @@ class PrefixReuse:
         """Blocks of the stack; 0 where there is none to count."""
         return len(self._blocks)
 
+    def clear(self) -> None:
+        """Forget what is kept: the weights of some option have changed."""
+        self._boundaries.clear()
+
     @contextmanager
     def measuring(self, assignment: Assignment) -> Iterator[Work]:
         """Forward passes inside start from what is known of the assignment, and add to it.

@@ -22,6 +22,7 @@ _FIRST_TUNING = 16  # observations
 _NEXT_TUNING = 1.5  # times as many
 _SEQUENCE_SPREAD = 0.1  # of one sequence's ratio to the reference, where it cannot be estimated
 _PRECISION = 1e-3  # of a loss
+_LEAST_RATIO = 0.2  # of the reference's mean loss; ratios to less say little
 
 
 class CorrectedTable:
@@ -30,7 +31,8 @@ class CorrectedTable:
     Args:
         setting: Prior losses, reference (its first start), number of sequences.
         spreads: Prior standard deviations of the surrogate.
-        num_reference: Sequences of the reference that must be known before the surrogate begins.
+        num_reference: Sequences of the reference that must be told before the surrogate begins, one
+            of them at least without a failure.
     """
 
     def __init__(self, setting: SearchSetting, spreads: Spreads, *, num_reference: int) -> None:
@@ -38,6 +40,7 @@ class CorrectedTable:
         self._spreads = spreads
         self._num_reference = num_reference
         self._reference: dict[int, float] = {}
+        self._failed: set[int] = set()
         self._told: set[tuple[Assignment, Fidelity]] = set()
         self._waiting: list[Evaluation] = []
         self._next_tuning = float(_FIRST_TUNING)
@@ -55,14 +58,18 @@ class CorrectedTable:
         for evaluation in evaluations:
             # with slopes or without, it is one measurement of these sequences
             key = evaluation.assignment, replace(evaluation.fidelity, slopes=False)
+            is_reference = evaluation.assignment == self._setting.starts[0]
+            if not evaluation.ok and is_reference:
+                self._failed.update(self._indices(evaluation))
             if not evaluation.ok or key in self._told:
                 continue
             self._told.add(key)
             self._waiting.append(evaluation)
-            if evaluation.assignment == self._setting.starts[0]:
+            if is_reference:
                 indices = self._indices(evaluation)
                 self._reference.update(zip(indices, evaluation.sequence_nats, strict=True))
-        if self.surrogate is None and len(self._reference) >= self._num_reference:
+        known = len(self._reference.keys() | self._failed) >= self._num_reference
+        if self.surrogate is None and self._reference and known:
             self.surrogate = self._begin()
         if self.surrogate is None:
             return []
@@ -117,17 +124,18 @@ class CorrectedTable:
         size = self._setting.batch_sequences
         known = [self._reference[i] for i in sorted(self._reference)]
         means = [np.mean(known[i : i + size]) for i in range(0, len(known), size)]
-        return bool(min(means) > 0.2 * self._scale > 0)
+        return bool(min(means) > _LEAST_RATIO * self._scale > 0)
 
     def _observe(self, evaluation: Evaluation) -> Observation:
         """The loss on the whole text that a measurement on part of it stands for.
 
         Hard sequences lose more under every assignment, in proportion: the ratio to the reference
-        on the same sequences is what carries over (the ratio estimator of survey sampling).
+        on the same sequences is what carries over (the ratio estimator of survey sampling). Where
+        the reference loses next to nothing, the difference does.
         """
         ours = np.array(evaluation.sequence_nats)
         theirs = np.array([self._reference[i] for i in self._indices(evaluation)])
-        if self._proportional:
+        if self._proportional and theirs.mean() > _LEAST_RATIO * self._scale:
             ratio = float(ours.mean() / theirs.mean())
             deviations = (ours - ratio * theirs) * self._scale / theirs.mean()
             loss = ratio * self._scale

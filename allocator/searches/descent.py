@@ -94,7 +94,7 @@ class Descent:
         self._options = options
         self._oracle = Oracle(setting.problem.bytes)
         size = setting.batch_sequences
-        self._num_windows = max(1, setting.num_sequences // size)
+        self._num_windows = -(-setting.num_sequences // size)
         self._most = min(max(1, options.most_sequences // size), self._num_windows)
         self._count = min(max(1, options.first_sequences // size), self._most)
         self._order = np.random.default_rng(setting.seed).permutation(self._num_windows)
@@ -215,6 +215,8 @@ class Descent:
         self._num_raced += len(rung)
         self._measure(self._centre, rung)
         self._measure(candidate, rung)
+        if not self._waiting:  # both were read there before: a start, or text that came round again
+            self._judge(candidate)
 
     @property
     def _most_raced(self) -> int:

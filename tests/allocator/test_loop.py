@@ -190,6 +190,19 @@ def test_failed_measurements_are_charged_so_that_the_token_limit_ends_them(tmp_p
     assert (history.num_failed, len(history.evaluations)) == (7, 7)
 
 
+def test_what_another_run_paid_for_is_not_charged(tmp_path, in_process):
+    known = [assignment(i) for i in (1, 2)]
+    asked = [assignment(i) for i in (1, 3, 2, 1, 4, 5)]
+    with Journal.create(tmp_path / "journal", HEADER) as journal:
+        run(in_process, search=ScriptedSearch(known), journal=journal)
+        paid = frozenset(Evaluation.from_json(record).key for record in journal.records)
+        stop = limits(tokens=2 * PRICE, free=paid)
+        history = run(in_process, search=ScriptedSearch(asked), journal=journal, limits=stop)
+    assert [e.assignment for e in history.evaluations] == asked[:-1]
+    assert history.num_tokens == 2 * PRICE
+    assert started(tmp_path) == 4
+
+
 def test_a_search_that_repeats_itself_for_ever_is_stopped(in_process):
     search = ScriptedSearch([assignment(1)] * 1000)
     history = run(in_process, search=search, limits=limits(tokens=10**9))

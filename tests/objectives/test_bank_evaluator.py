@@ -24,7 +24,7 @@ from objectives.evaluator import Evaluator
 from objectives.language_task import LanguageTask
 from objectives.task import TokenMeter
 from search_spaces.build import SpaceRequest, build_space
-from search_spaces.operators import Keep, RoundToNearest
+from search_spaces.operators import Keep, RoundToNearest, Statistics
 from search_spaces.operators.members import logical
 from search_spaces.space import SearchSpace, build_menu
 
@@ -311,3 +311,23 @@ def test_units_of_several_members_swap_together():
             assert torch.equal(model.get_parameter(member.name), expected)
     bank.restore()
     assert_same_weights(model, before)
+
+
+def test_new_statistics_reach_the_weights_and_what_is_kept_of_forward_passes():
+    found = []
+    for scales in ((0.0, 1.0), (1.0,)):
+        model = random_model("llama")
+        space = build_space(model, SpaceRequest(space="sparsity"))
+        bank = Bank(model, space)
+        evaluate = Evaluator(model, LanguageTask(random_tokens()), bank, TokenMeter(2))
+        names = [member.name for unit in space.units for member in unit.members]
+        for scale in scales:  # pruned by magnitude, or by inputs that grow along the columns
+            bank.use_statistics(
+                {
+                    name: Statistics(1 + scale * torch.arange(model.get_parameter(name).shape[1]))
+                    for name in names
+                }
+            )
+            nats = evaluate(tuple(1 for _ in space.units), ALL).sequence_nats
+        found.append(nats)
+    assert found[0] == found[1]

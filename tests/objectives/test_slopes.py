@@ -178,3 +178,21 @@ def test_kept_options():
     kept = slopes.kept([(0, 3)] * len(space.units))
     assert kept.nats[4] == (slopes.nats[4][0], slopes.nats[4][3])
     assert kept.moves[4] == (slopes.moves[4][0], slopes.moves[4][3])
+
+
+def test_slopes_that_are_no_numbers_are_a_failed_measurement():
+    """The square root of a norm of nothing has a loss and no gradient."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32, bias=False)).eval()
+    rows = [torch.randn(4, 32), torch.cat([torch.zeros(1, 32), torch.randn(3, 32)])]
+    splits = ("statistics", "search", "guard", "heldout")
+    task = FunctionTask(
+        lambda m, x: m(x).square().sum(dim=1).sqrt().mean(), dict.fromkeys(splits, rows)
+    )
+    evaluate = bench(model, SpaceRequest(space="bits-g32"), task)[2]
+    found = [evaluate((0,), Fidelity("search", i, 1, slopes=True)) for i in range(2)]
+    assert found[0].ok
+    assert found[1].error == "non-finite slope nan"
+    assert not found[1].sequence_nats
+    assert found[1].slopes is None
+    json.dumps(found[1].to_json(), allow_nan=False)

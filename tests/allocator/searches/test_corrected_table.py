@@ -84,3 +84,34 @@ def test_refit_is_in_nats_of_the_text_read(setting):
     at_first = sum(float(row[i]) for row, i in zip(losses, first, strict=True))
     assert at_first == pytest.approx(3.5, rel=0.02)
     assert refit(setting, []) is None
+
+
+def test_where_the_reference_loses_nothing_differences_are_compared(setting):
+    first, other = setting.starts[:2]
+    corrected = table(setting)
+    corrected.tell([evaluation(first, 0, [3.0, 1.0, 2.0, 2.0]), evaluation(first, 8, [0.0])])
+    corrected.tell([evaluation(other, 8, [-0.5])])
+    assert corrected.surrogate.best()[0] == other
+    assert all(np.isfinite(row).all() and row.max() < 20 for row in corrected.losses())
+
+
+def test_a_failed_measurement_of_the_reference_does_not_hold_the_surrogate_up(setting):
+    first, other = setting.starts[:2]
+    corrected = table(setting)
+    corrected.tell([evaluation(first, 0, [3.0, 1.0, 2.0])])
+    assert corrected.surrogate is None
+    failed = Evaluation(first, Fidelity("search", 3, 1), error="OutOfMemoryError")
+    assert len(corrected.tell([failed])) == 1
+    assert corrected.surrogate is not None
+    assert corrected.tell([evaluation(other, 3, [1.0])]) == []  # compared with nothing
+    assert len(corrected.tell([evaluation(other, 1, [1.0])])) == 1
+
+
+def test_a_reference_that_always_fails_is_none(setting):
+    corrected = table(setting)
+    failed = (
+        Evaluation(setting.starts[0], Fidelity("search", i, 1), error="OutOfMemoryError")
+        for i in range(2 * FEW)
+    )
+    assert corrected.tell(list(failed)) == []
+    assert corrected.surrogate is None

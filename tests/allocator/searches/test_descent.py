@@ -13,7 +13,7 @@ from allocator.searches.local_table import LocalTable
 from allocator.searches.thinning import Thinned
 from objectives.evaluation import Evaluation, Fidelity, Slopes
 
-from .zoo import get_animal
+from .zoo import get_animal, make_animal, sloped
 
 PROBLEM = Problem(
     (np.array([1, 2, 4]), np.array([1, 3]), np.array([2, 5])),
@@ -211,3 +211,32 @@ def test_options_have_to_make_sense():
         DescentOptions(attempts=0)
     with pytest.raises(ValueError, match="bolder < 1 < calmer"):
         DescentOptions(bolder=1.5)
+
+
+@pytest.mark.parametrize("num_sequences", [1, 2, 4, 7])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_it_ends_on_little_text_also_where_steps_lead_to_starts(num_sequences, batch):
+    """Nothing is left to measure when both sides of a race are known on its text."""
+    for seed in range(4):
+        animal = sloped(make_animal(seed, 1, num_sequences=num_sequences, batch_sequences=1))
+        setting = replace(animal.setting, batch_sequences=min(batch, num_sequences))
+        plain, steps = Descent(setting), []
+        while (proposal := plain.ask()) is not None:
+            if proposal.assignment not in (*setting.starts, *steps):
+                steps.append(proposal.assignment)
+            plain.tell(animal.measure(proposal.assignment, proposal.fidelity))
+        assert plain.ended
+        for step in steps[:3]:
+            descent = Descent(replace(setting, starts=(*setting.starts, step)))
+            while (proposal := descent.ask()) is not None:
+                descent.tell(animal.measure(proposal.assignment, proposal.fidelity))
+            assert descent.ended
+
+
+def test_every_sequence_of_the_split_is_read():
+    animal = sloped(make_animal(0, 1, num_sequences=7, batch_sequences=1))
+    descent, read = Descent(replace(animal.setting, batch_sequences=4)), set()
+    while (proposal := descent.ask()) is not None:
+        read.update(proposal.fidelity.indices(7))
+        descent.tell(animal.measure(proposal.assignment, proposal.fidelity))
+    assert read == set(range(7))
