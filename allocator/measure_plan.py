@@ -12,6 +12,7 @@ from objectives.calibration import CalibrationRequest, build_calibration
 from objectives.evaluation import Evaluation, Fidelity, round_significant
 from objectives.kv_cache import CacheSwitch
 from objectives.language_task import LanguageTask
+from objectives.loading import check_length
 from search_spaces.space import Assignment
 
 _SPLIT = "heldout"
@@ -40,6 +41,7 @@ def measure_plan(
         weights_sha256=loaded.weights_sha256,
     )
     num_sequences, length = request.num_heldout, request.sequence_length
+    check_length(loaded.model, length)
     task = LanguageTask(build_calibration(request, loaded.tokenizer), top_k=0)
     advance = reporter.stage("dense model and plan", 3)
     task.prepare(loaded.model, _SPLIT)

@@ -144,9 +144,11 @@ def _search(
     """Run the search on measured losses; returns its history, itself and its best assignment."""
     built = _build(stage, tables, one_shots, uniform)
     search = built.search
-    if stage.extend and _ended(stage.records) is not None:
-        stage.records.append({"type": "extended"})
     ended = _ended(stage.records)
+    if stage.extend and ended is not None:
+        _refuse_lower_caps(stage, ended["told"])
+        stage.records.append({"type": "extended"})
+        ended = None
     tokens = None
     if ended is None:
         _search_tokens(stage)  # refuses early
@@ -254,6 +256,27 @@ def _ended(records: Records) -> dict[str, Any] | None:
     """Where the search ended. The clock may have ended it, so only the journal can say."""
     marks = [record for record in records.records if record["type"] in ("searched", "extended")]
     return marks[-1] if marks and marks[-1]["type"] == "searched" else None
+
+
+def _refuse_lower_caps(stage: Stage, told: int) -> None:
+    """A finished search can go on, and cannot be taken back.
+
+    Raises:
+        ValueError: A cap is below what the search has used.
+    """
+    if stage.caps.trials is not None and stage.caps.trials < told:
+        raise ValueError(
+            f"the search has told {told} trials already: expected --trials of at least that, "
+            f"got {stage.caps.trials}"
+        )
+    evaluations = recorded_evaluations(stage.records.records).values()
+    read = sum(e.num_tokens for e in evaluations if e.fidelity.split == "search")
+    left = _search_tokens(stage)
+    if left is not None and left < read:
+        raise ValueError(
+            f"the cap of {stage.caps.tokens:,} tokens leaves {left:,} for the search, which has "
+            f"read {read:,} already: raise it"
+        )
 
 
 def _search_tokens(stage: Stage) -> int | None:

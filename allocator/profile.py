@@ -152,6 +152,8 @@ def compare(
     if level is None:
         raise ValueError("expected a budget at which a uniform assignment fits; raise it")
     dense = dense_assignment(space)
+    if level == dense:
+        raise ValueError("expected a budget below the dense model's bytes, such as 3.25bpw")
     units = [unit for unit in range(len(space.units)) if level[unit] != dense[unit]]
     alone = [(*dense[:unit], level[unit], *dense[unit + 1 :]) for unit in units]
     drawn = _random_assignments(session, tables, num_random)

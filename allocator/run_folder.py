@@ -11,19 +11,24 @@ from __future__ import annotations
 import json
 import os
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
+from numpy.typing import NDArray
 
 from search_spaces.space import SearchSpace
 
 if TYPE_CHECKING:
     from objectives.sensitivity import LossTable  # loads torch
 
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+LONGEST_NAME = 64
+"""Characters of a run's name."""
+_NAME = re.compile(rf"^[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}$")
 
 
 @dataclass(frozen=True)
@@ -194,6 +199,20 @@ def save_losses(tables: Mapping[str, LossTable], path: Path) -> None:
     temporary.replace(path)
 
 
+def read_arrays(path: Path) -> dict[str, NDArray[np.float64]]:
+    """The arrays of an npz file, by name.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    try:
+        # a stream of our own, since numpy leaves one of a damaged file open
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error) as error:
+        raise ValueError(f"cannot read the tables {path} ({type(error).__name__})") from error
+
+
 def load_losses(path: Path, space: SearchSpace) -> dict[str, LossTable]:
     """Read loss tables that :func:`save_losses` wrote, the run's own scorer first.
 
@@ -206,11 +225,13 @@ def load_losses(path: Path, space: SearchSpace) -> dict[str, LossTable]:
         raise ValueError(f"{path} does not exist yet: let the run finish (allocator resume)")
     ends = np.cumsum([len(menu) for menu in space.menus])
     tables = {}
-    with np.load(path, allow_pickle=False) as file:
-        for key in file.files:
-            scorer, _, unit = key.partition(":")
-            if file[key].shape != (ends[-1],):
-                raise ValueError(f"{path} does not fit the run's space")
-            rows = tuple(np.split(file[key], ends[:-1]))
-            tables[scorer] = LossTable(scorer, unit, rows)
+    try:
+        arrays = read_arrays(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: 'allocator report' of the run writes them again") from error
+    for key, losses in arrays.items():
+        scorer, _, unit = key.partition(":")
+        if losses.shape != (ends[-1],):
+            raise ValueError(f"{path} does not fit the run's space")
+        tables[scorer] = LossTable(scorer, unit, tuple(np.split(losses, ends[:-1])))
     return tables

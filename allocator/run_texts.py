@@ -16,7 +16,7 @@ from allocator.plan import CalibrationRecord, SplitRecord, TextRecord
 from allocator.run_folder import RunFolder
 from objectives.calibration import SPLITS, Calibration, CalibrationRequest, build_calibration
 from objectives.language_objectives import TaskOptions, language_task, refuse_shared_text
-from objectives.loading import LoadedModel
+from objectives.loading import LoadedModel, check_length
 from objectives.multi_task import MultiTask, probe_weights
 from objectives.task import TokenMeter
 from search_spaces.space import SearchSpace
@@ -28,6 +28,7 @@ def build_texts(data: DataConfig, loaded: LoadedModel) -> tuple[Calibration, ...
     Raises:
         ValueError: A text cannot be read or is too short, or two of them share text across splits.
     """
+    check_length(loaded.model, data.sequence_length)
     texts = tuple(
         build_calibration(calibration_request(data, source), loaded.tokenizer)
         for source in data.texts

@@ -109,6 +109,8 @@ def _finish(session: Session, journal: Journal, *, extend: bool = False) -> Fini
         extend=extend,
     )
     outcome = run_pipeline(stage)
+    if not session.offline:
+        session.keep_statistics()
     session.save_memory()
     facts = PlanFacts(
         model=session.identity,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +23,7 @@ from allocator.executors import EXECUTORS, Executor, InProcess, WorkerSetting
 from allocator.journal import Journal
 from allocator.plan import CalibrationRecord, ModelIdentity
 from allocator.reporter import Reporter
-from allocator.run_folder import RunFolder, load_space, save_space, write_text
+from allocator.run_folder import LONGEST_NAME, RunFolder, load_space, save_space, write_text
 from allocator.run_texts import (
     build_texts,
     find_weights,
@@ -125,31 +125,37 @@ def begin(
     save_config(config, folder.config)
     identity = _identity(loaded)
     header = _header(config, identity, space, text_record(config.data, texts))
+    source = config.search.warm_start
+    carried = None if source is None else _carry_over(source, space, header, folder, reporter)
     with Journal.create(folder.journal, header) as journal:
         record_weighing(meter, journal)
-        if config.search.warm_start is not None:
-            _carry_over(config.search.warm_start, space, journal, reporter)
+        if carried is not None:
+            journal.append(carried)
         parts = (folder, config, space, budget, texts, identity, reporter, loaded)
         yield Session(*parts, pool=pool), journal
 
 
-def _carry_over(source: str, space: SearchSpace, journal: Journal, reporter: Reporter) -> None:
-    """Record what an earlier run or study says, so that resuming does not need it."""
-    known = read_warm_start(source, space, journal.header, runs=journal.path.parent.parent)
+def _carry_over(
+    source: str,
+    space: SearchSpace,
+    header: Mapping[str, Any],
+    folder: RunFolder,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """The record of what an earlier run or study says, so that resuming does not need it."""
+    known = read_warm_start(source, space, header, runs=folder.path.parent)
     if known.differs:
         reporter.note(
             f"{source} was measured with another {', '.join(known.differs)}: its "
             f"{len(known.starts)} assignments carry over, not their losses"
         )
-    journal.append(
-        {
-            "type": "warm_start",
-            "source": source,
-            "starts": [list(start) for start in known.starts],
-            "evaluations": [evaluation.to_json() for evaluation in known.evaluations],
-            "differs": list(known.differs),
-        }
-    )
+    return {
+        "type": "warm_start",
+        "source": source,
+        "starts": [list(start) for start in known.starts],
+        "evaluations": [evaluation.to_json() for evaluation in known.evaluations],
+        "differs": list(known.differs),
+    }
 
 
 @contextmanager
@@ -184,10 +190,29 @@ def reopen(
                 f"{folder.path} was started with another {', '.join(changed)}: "
                 "start a new run instead"
             )
-        if config != load_config(folder.config):
-            save_config(config, folder.config)
+        if config.search.warm_start is not None and not any(
+            record["type"] == "warm_start" for record in journal.records
+        ):  # the first session ended in between
+            journal.append(
+                _carry_over(config.search.warm_start, space, journal.header, folder, reporter)
+            )
         parts = (folder, config, space, budget, texts, identity, reporter, None)
-        yield Session(*parts, offline=offline), journal
+        with _saved(config, folder):
+            yield Session(*parts, offline=offline), journal
+
+
+@contextmanager
+def _saved(config: RunConfig, folder: RunFolder) -> Iterator[None]:
+    """A changed configuration is the run's from now on, unless what is inside refuses it."""
+    before = load_config(folder.config)
+    if config != before:
+        save_config(config, folder.config)
+    try:
+        yield
+    except ValueError:
+        if config != before:
+            save_config(before, folder.config)
+        raise
 
 
 @dataclass(frozen=True)
@@ -227,7 +252,11 @@ class Session:
             advance = self.reporter.stage("loading model", 1)
             loaded = load_model_for(self.config.model, self.config.measure, self._factory.threads)
             advance(1, "")
-        if _identity(loaded).weights_sha256 != self.identity.weights_sha256:
+        found, known = _identity(loaded), self.identity
+        if (found.weights_sha256, found.config_sha256) != (
+            known.weights_sha256,
+            known.config_sha256,
+        ):
             raise ValueError(
                 f"the model {self.config.model!r} has changed since the run was started: "
                 "start a new run"
@@ -252,6 +281,11 @@ class Session:
                 ),
             ),
         )
+
+    def keep_statistics(self) -> None:
+        """Make the statistics again that operators compress with, where their file is gone."""
+        if self.space.needs and not self._factory.statistics.path.exists():
+            self.bench.observe()
 
     def save_memory(self) -> None:
         """Write down the memory that this session planned and used, if it had a model at all.
@@ -326,7 +360,13 @@ def _header(
     }
 
 
-def default_name(model: str, budget: str) -> str:
-    """A run's name from what it does: the model's last path part and the budget."""
+def default_name(model: str, *words: str) -> str:
+    """A run's name from what it does: the model's last path part, cut where need be, and words."""
     base = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(model).name)
-    return f"{base.strip('.-_') or 'run'}-{budget.replace('%', 'pct')}"[:64]
+    end = "".join(map(name_word, words))
+    return (base.strip(".-_") or "run")[: max(1, LONGEST_NAME - len(end))] + end
+
+
+def name_word(word: str) -> str:
+    """A word, such as a budget, as the end of a run's name."""
+    return f"-{word.replace('%', 'pct').replace(' ', '')}"

@@ -19,6 +19,7 @@ import numpy as np
 from allocator.accounts import Records, spending
 from allocator.bench import Bench
 from allocator.reporter import Reporter
+from allocator.run_folder import read_arrays
 from objectives.kv_cache import CacheLosses
 from objectives.sensitivity import SCORERS, LossTable, Scorer, ScoringContext
 from search_spaces.space import Assignment, SearchSpace
@@ -50,12 +51,15 @@ class TableStore:
         return self.folder / f"{scorer}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
 
     def load(self, scorer: str, space: SearchSpace) -> list[list[float]] | None:
-        """The rows of a table, or ``None`` when there is none."""
+        """The rows of a table, or ``None`` when there is none that can be read."""
         path = self.path(scorer, space)
         if not path.exists():
             return None
-        with np.load(path, allow_pickle=False) as file:
-            return _split(file["losses"], space)
+        try:
+            return _split(read_arrays(path)["losses"], space)
+        except (ValueError, KeyError) as error:
+            logger.warning("made again: %s", error)
+            return None
 
     def save(self, table: LossTable, space: SearchSpace) -> None:
         """Keep a finished table; whoever comes second overwrites with the same content."""

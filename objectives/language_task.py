@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -14,6 +16,8 @@ from objectives.output_head import OutputHead, log_normaliser, logits_of
 from objectives.task import SequenceLosses
 from objectives.teacher import TeacherCache, keep_top, kl_per_token
 from objectives.tensor_file import write_tensors
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_TOP_K = 2048
 
@@ -71,8 +75,8 @@ class LanguageTask:
             self._dense[split] = self._dense_cross_entropy(model, split)
             return self._splits[split].numel()
         path = self._cache_path(split)
-        if path is not None and path.exists():
-            self._teachers[split] = TeacherCache.from_tensors(load_file(path), split)
+        if path is not None and (known := _kept_teacher(path, split)) is not None:
+            self._teachers[split] = known
             return 0
         indices, log_probs = [], []
         with torch.inference_mode():
@@ -180,3 +184,14 @@ def _cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     targets = tokens[:, 1:, None].to(logits.device)
     chosen = logits[:, :-1].gather(-1, targets).squeeze(-1).float()
     return (logits[:, :-1].float().logsumexp(-1) - chosen).mean(-1)
+
+
+def _kept_teacher(path: Path, split: str) -> TeacherCache | None:
+    """The outcomes kept in a file; ``None`` if there is none that can be read."""
+    if not path.exists():
+        return None
+    try:
+        return TeacherCache.from_tensors(load_file(path), split)
+    except (OSError, SafetensorError, KeyError) as error:
+        logger.warning("%s is damaged and is made again: %s", path, error)
+        return None

@@ -361,3 +361,17 @@ def hash_files(files: Iterable[Path], model: nn.Module) -> str:
 def first_line(error: Exception) -> str:
     """A foreign error's message, short enough for a sentence."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")
+
+
+def check_length(model: nn.Module, sequence_length: int) -> None:
+    """Refuse sequences longer than a model has positions for.
+
+    Raises:
+        ValueError: Its configuration gives fewer positions.
+    """
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(most, int) and sequence_length > most:
+        raise ValueError(
+            f"the model reads at most {most} tokens at once: expected a --sequence-length of at "
+            f"most that, got {sequence_length}"
+        )

@@ -90,7 +90,10 @@ class StatisticsFile:
                     for name in names
                 }
         except (OSError, SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"cannot read the statistics {self.path}: {error}") from error
+            raise ValueError(
+                f"cannot read the statistics {self.path} ({error}): delete the file and "
+                "'allocator resume' the run, which makes it again"
+            ) from error
         if metadata.get("identity") != self.identity or not kinds <= known:
             raise ValueError(
                 f"{self.path} holds statistics of other weights or another text than the plan's; "

@@ -64,7 +64,10 @@ def show(
         return
     if budget or ties or open_units or context:
         raise ValueError("--budget, --ties, --open and --context price a space: give --space too")
-    loaded = load_plan(_plan_file(Path(plan)))
+    path = _plan_file(Path(plan))
+    if not path.exists() and (path.parent / "config.json").is_file():
+        raise ValueError(f"{plan} is a model, not a plan: give --space to see what one costs")
+    loaded = load_plan(path)
     if as_json:
         print_json(loaded.model_dump(mode="json"))
         return
@@ -76,10 +79,10 @@ def evaluate(
     model: ModelName,
     plan: PlanPath,
     text: Annotated[str, typer.Option(help="Text to measure on.")] = "wiki-summaries",
-    num_sequences: Annotated[int, typer.Option(help="Sequences to measure.")] = 32,
+    num_sequences: Annotated[int, typer.Option(min=1, help="Sequences to measure.")] = 32,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
     seed: Annotated[int, typer.Option(help="Orders the documents.")] = 0,
-    threads: Annotated[int, typer.Option(help="Torch threads; 0: all cores.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="Torch threads; 0: all cores.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Measure a plan on a text: KL to the dense model, cross-entropy, perplexity."""
@@ -208,7 +211,7 @@ def _statistics(loaded: Plan, plan: Path) -> Mapping[str, Statistics]:
     if not path.exists():
         raise ValueError(
             f"the plan's operators need statistics of its calibration text, and {path} is missing: "
-            "give the plan in its run's folder, and 'allocator resume' the run if its cache is gone"
+            "give the plan in its run's folder; 'allocator resume' of the run makes them again"
         )
     texts = loaded.calibration
     text = "" if texts is None else texts.statistics_identity(loaded.objective)

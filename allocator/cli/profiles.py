@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from objectives.sensitivity import LossTable
 
 _RUNS = Path("runs")
+_WHOLE = "100%"
 
 
 def profile_model(
@@ -33,10 +34,10 @@ def profile_model(
         bool,
         typer.Option("--compare", help="Hold scorers against measured losses."),
     ] = False,
-    random: Annotated[int, typer.Option(help="With --compare: random assignments.")] = 50,
+    random: Annotated[int, typer.Option(min=2, help="With --compare: random assignments.")] = 50,
     budget: Annotated[
         str, typer.Option(help="Of incumbents and random assignments, such as 3.25bpw.")
-    ] = "100%",
+    ] = _WHOLE,
     space: Annotated[str, typer.Option(help="Preset or YAML file.")] = "bits",
     ties: Annotated[str | None, typer.Option(help="Runtime whose fused kernels tie units.")] = None,
     pin: Annotated[list[str], typer.Option(help="GLOB=LABEL, e.g. '*.o_proj=int8-g64'.")] = [],
@@ -94,14 +95,22 @@ def profile_model(
         "search": {"seed": seed},
     }
     config = make_config(data)
-    names = list(SCORERS) if compare_all and scorer == "blend" else scorer.split(",")
+    words = [word.strip() for word in scorer.split(",")]
+    names = list(SCORERS) if compare_all and scorer == "blend" else words
     for known in names:
         SCORERS[known]  # an unknown name is refused before anything is loaded
-    folder = run_folder(runs, name or default_name(model, f"profile-{Path(space).stem}-{budget}"))
+    folder = run_folder(runs, name or default_name(model, "profile", Path(space).stem, budget))
     if stream and compare_all:
         raise ValueError("--compare measures the whole model, --stream holds a block: drop one")
     if stream and device_map is not None:
         raise ValueError("--device-map spreads the whole model, --stream holds a block: drop one")
+    if stream and folder.begun:
+        raise ValueError(f"{folder.path} holds a run: choose another folder with --name")
+    if compare_all and config.budget == _WHOLE:
+        raise ValueError(
+            "--compare needs a --budget below the dense model's bytes, such as 3.25bpw: "
+            "units are measured alone at the uniform option that fits it"
+        )
     if stream:
         tables, shown, peak = _stream(config, names, folder, quiet=as_json)
         if not as_json:
@@ -144,10 +153,13 @@ def _stream(
     """Tables of a model that need not fit in memory; written to the folder."""
     from allocator.run_texts import calibration_request
     from allocator.session import price_space
+    from objectives.loading import check_length, find_model
     from objectives.statistics_file import FILE_NAME
     from objectives.streamed_profile import StreamSettings, profile_streamed
+    from search_spaces.models.skeleton import skeleton
 
     request = replace(calibration_request(config.data, config.data.text), num_search=1)
+    check_length(skeleton(find_model(config.model)), config.data.sequence_length)
     space = price_space(config.model, config.space)
     folder.make()
     settings = StreamSettings(

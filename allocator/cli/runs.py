@@ -36,6 +36,7 @@ _OPTIONS = {
     "data.guard": "num-guard",
     "data.heldout": "num-heldout",
     "data.seed": "data-seed",
+    "data.weights": "also",
     "search.name": "search",
     "caps.seconds": "time",
 }
@@ -260,16 +261,15 @@ def _run_all(
     """One run per budget, each checked before the first starts."""
     from allocator.bench import BenchPool
     from allocator.runner import start_run
-    from allocator.session import check_start, default_name
+    from allocator.session import check_start, default_name, name_word
 
-    base = name or default_name(config.model, "").rstrip("-")
-    many = len(budgets) > 1 or name is None
+    names = [default_name(config.model, word) for word in budgets]
+    if name is not None:
+        ends = [name_word(word) for word in budgets] if len(budgets) > 1 else [""]
+        names = [name + end for end in ends]
     jobs = [
-        (
-            config.model_copy(update={"budget": word}),
-            run_folder(runs, f"{base}-{word.replace('%', 'pct')}" if many else base),
-        )
-        for word in budgets
+        (config.model_copy(update={"budget": word}), run_folder(runs, folder))
+        for word, folder in zip(budgets, names, strict=True)
     ]
     if len(jobs) > 1:  # a mistake in the last budget must not show after hours of the first
         for one, folder in jobs:
@@ -292,11 +292,14 @@ def make_config(data: dict[str, Any]) -> RunConfig:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
         option = _OPTIONS.get(place, place.rpartition(".")[2].replace("_", "-"))
         raise ValueError(f"--{option}: {first['msg']}, got {first['input']!r}") from error
-    for name in config.search.name.split(","):
-        SEARCHES[name.strip()]
+    searches = [name.strip() for name in config.search.name.split(",")]
+    for name in searches:
+        SEARCHES[name]
+    if len(set(searches)) < len(searches):
+        raise ValueError(f"--search: expected different searches, got {config.search.name!r}")
     for table, word in (
         (SCORERS, config.search.scorer),
         (EXECUTORS, config.execution.executor),
@@ -308,6 +311,9 @@ def make_config(data: dict[str, Any]) -> RunConfig:
             f"the in-process executor is one worker, got --workers {execution.workers}; "
             "add --executor ray"
         )
+    if execution.executor == "in-process" and (execution.address or execution.gpus_per_worker):
+        option = "address" if execution.address else "gpus-per-worker"
+        raise ValueError(f"--{option} is for Ray: add --executor ray")
     if 2 * execution.workers > config.search.window and execution.workers > 1:
         raise ValueError(
             f"{execution.workers} workers need --window {2 * execution.workers} or more, "

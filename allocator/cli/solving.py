@@ -59,8 +59,8 @@ def solve(
     destination = output or folder.path
     destination.mkdir(parents=True, exist_ok=True)
     rows = []
-    for word in parse_budgets(budget):
-        resolved = resolve_budget(word, space)
+    words_of = {word: resolve_budget(word, space) for word in parse_budgets(budget)}
+    for word, resolved in words_of.items():
         problem = _problem(space, tables[name], resolved, limits)
         solution = _solved(chosen.solve(problem), word, limit)
         made = solved_plan(space, resolved, tables[name], solution, facts)

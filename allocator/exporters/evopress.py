@@ -102,7 +102,12 @@ class EvoPressExporter:
 
         from allocator.apply import check_model, compressed
 
-        check_model(plan, loaded.model)
+        check_model(
+            plan,
+            loaded.model,
+            config_sha256=loaded.config_sha256,
+            weights_sha256=loaded.weights_sha256,
+        )
         receipt = self.write(plan, destination)
         lines = {line.member: line for line in _lines(plan)}
         levels = _levels(tuple(lines.values()))

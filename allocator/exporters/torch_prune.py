@@ -88,7 +88,12 @@ class TorchPruneExporter:
         from allocator.apply import check_model
         from objectives.tensor_file import write_tensors
 
-        check_model(plan, loaded.model)
+        check_model(
+            plan,
+            loaded.model,
+            config_sha256=loaded.config_sha256,
+            weights_sha256=loaded.weights_sha256,
+        )
         receipt = self.write(plan, destination)
         tensors: dict[str, Tensor] = {}
         for _, member, operator in _pruned(plan):

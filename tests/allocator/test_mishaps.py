@@ -1,0 +1,171 @@
+"""What goes wrong around a run leaves it usable: refused changes, damaged caches, wrong models."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from cli_runs import MODEL, TEXT, allocator, records, search_arguments, succeed
+
+from allocator.config import load_config
+from allocator.run_folder import RunFolder
+from allocator.session import default_name
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run in a runs folder of its own."""
+    runs = tmp_path_factory.mktemp("runs")
+    succeed(*search_arguments(runs=runs, name="run"))
+    return runs / "run"
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of it."""
+    copied = tmp_path / "runs" / "run"
+    shutil.copytree(finished.parent, copied.parent)
+    return copied
+
+
+def refused(*words):
+    """The one sentence of a refusal."""
+    found = allocator(*words)
+    assert found.code == 2, found
+    assert "Traceback" not in found.err
+    return found.err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("--trials", 2, "12 trials already: expected --trials of at least that, got 2"),
+        ("--tokens", 10, "the cap of 10 tokens leaves 0 for the search"),
+        ("--tokens", 6000, "for the search, which has read"),
+    ],
+)
+def test_a_refused_resume_changes_nothing(folder, option, value, sentence):
+    config, plan = load_config(folder / "config.yaml"), (folder / "plan.json").read_bytes()
+    before = len(records(folder))
+    assert sentence in refused("resume", folder, option, value)
+    assert load_config(folder / "config.yaml") == config
+    assert len(records(folder)) == before
+    succeed("report", folder)
+    assert (folder / "plan.json").read_bytes() == plan
+    succeed("resume", folder, "--trials", 14)
+
+
+def test_a_model_whose_configuration_changed_is_refused(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    succeed(*search_arguments(model, runs=tmp_path, name="run"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    assert "has changed since the run was started" in refused(
+        "resume", tmp_path / "run", "--trials", 14
+    )
+
+
+def test_a_streamed_profile_keeps_off_a_run(folder):
+    words = ["profile", MODEL, "--stream", "--text", TEXT, "--sequence-length", 128]
+    before = (folder / "space.json").read_bytes()
+    sentence = refused(*words, "--runs", folder.parent, "--name", "run", "--space", "sparsity")
+    assert "holds a run: choose another folder with --name" in sentence
+    assert (folder / "space.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("option", [{"warm_start": "nowhere"}, {"search": "tpe,tpe"}])
+def test_a_mistake_does_not_use_up_the_name(tmp_path, option):
+    wrong = search_arguments(runs=tmp_path, name="run", **option)
+    refused(*wrong)
+    assert not RunFolder(tmp_path / "run").begun
+    succeed(*search_arguments(runs=tmp_path, name="run"))
+
+
+def test_a_run_that_ended_before_its_warm_start_was_recorded_takes_it_up(folder):
+    options = search_arguments(runs=folder.parent, name="warm", warm_start="run", seed=1)
+    succeed(*options)
+    warm = folder.parent / "warm"
+    lines = (warm / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    whole = [record["type"] for record in records(warm)]
+    assert whole[0] == "warm_start"
+    (warm / "journal.jsonl").write_bytes(lines[0])
+    succeed("resume", warm)
+    assert records(warm)[0]["type"] == "warm_start"
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04", None])
+def test_damaged_caches_are_made_again(folder, damage):
+    for path in [*folder.parent.glob("losses/*.npz"), *folder.glob("cache/teacher-*.safetensors")]:
+        path.write_bytes(path.read_bytes()[:200] if damage is None else damage)
+    succeed(*search_arguments(runs=folder.parent, name="other", budget="3bpw"))
+    succeed("resume", folder, "--trials", 14)
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04", b"garbage", None])
+def test_damaged_loss_tables_are_written_again_by_report(folder, damage):
+    path = folder / "losses.npz"
+    path.write_bytes(path.read_bytes()[:200] if damage is None else damage)
+    sentence = refused("solve", folder, "--budget", "3bpw")
+    assert "losses.npz" in sentence
+    assert "'allocator report' of the run writes them again" in sentence
+    succeed("report", folder)
+    succeed("solve", folder, "--budget", "3bpw")
+
+
+def test_statistics_that_are_gone_are_made_again_by_resume(tmp_path):
+    succeed(*search_arguments(runs=tmp_path, name="run", space="sparsity", budget="9bpw"))
+    run = tmp_path / "run"
+    before = np.frombuffer((run / "plan.json").read_bytes(), np.uint8)
+    shutil.rmtree(run / "cache")
+    assert "'allocator resume' of the run makes them again" in refused(
+        "apply", MODEL, run, "-o", tmp_path / "out"
+    )
+    succeed("resume", run)
+    assert np.array_equal(before, np.frombuffer((run / "plan.json").read_bytes(), np.uint8))
+    succeed("apply", MODEL, run, "-o", tmp_path / "out")
+
+
+def test_weights_of_another_model_are_not_exported(folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(MODEL, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    sentence = refused("export", folder, "--to", "evopress", "-o", tmp_path / "o", "--model", other)
+    assert "config" in sentence
+
+
+def test_sequences_longer_than_the_model_reads_are_refused(finished, tmp_path):
+    config = json.loads((MODEL / "config.json").read_text())
+    length = config["max_position_embeddings"] + 1
+    expected = f"expected a --sequence-length of at most that, got {length}"
+    assert expected in refused(*search_arguments(runs=tmp_path, name="run", sequence_length=length))
+    assert not RunFolder(tmp_path / "run").begun
+    assert expected in refused("evaluate", MODEL, finished, "--sequence-length", length)
+    words = ("profile", MODEL, "--text", TEXT, "--sequence-length", length, "--runs", tmp_path)
+    assert expected in refused(*words)
+    assert expected in refused(*words, "--stream")
+
+
+def test_names_of_runs_are_made_to_fit(tmp_path):
+    assert default_name("a/model", "200 kB") == "model-200kB"
+    long = default_name("m" * 80, "40%")
+    assert len(long) == 64
+    assert long.endswith("-40pct")
+    succeed(*search_arguments(runs=tmp_path, budget="3 bpw"))
+    assert (tmp_path / "tiny_llama-3bpw" / "plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["profile", MODEL, "--compare", "--text", TEXT], "--compare needs a --budget below"),
+        (search_arguments(also="text.txt=0"), "--also: Input should be greater than 0"),
+        (search_arguments(gpus_per_worker=2), "--gpus-per-worker is for Ray: add --executor ray"),
+        (search_arguments(address="foo:1"), "--address is for Ray: add --executor ray"),
+        (["show", MODEL], "is a model, not a plan: give --space"),
+    ],
+)
+def test_sentences_name_what_was_wrong(words, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sentence in refused(*words)
