@@ -61,11 +61,16 @@ def lines(records):
             mean, half = interval(list(found.values()))
             both = sorted(set(found) & set(ours))
             gap, width = interval([found[s] - ours[s] for s in both]) if both else (np.nan, np.nan)
-            difference = "" if name == OURS or not both else f"{gap:+.4f} ± {width:.4f}"
+            difference = "" if name == OURS or not both else with_interval(gap, width, "+")
             feasible, tokens = about[name]
-            row = [name, feasible, f"{tokens:,}", f"{mean:.4f} ± {half:.4f}", difference]
+            row = [name, feasible, f"{tokens:,}", with_interval(mean, half), difference]
             yield "| " + " | ".join([*row, str(len(found))]) + " |"
         yield ""
+
+
+def with_interval(mean: float, half: float, sign: str = "") -> str:
+    """A mean, with its interval where there is one."""
+    return f"{mean:{sign}.4f}" + ("" if np.isnan(half) else f" ± {half:.4f}")
 
 
 def draw(records, path: Path) -> None:
