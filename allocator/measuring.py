@@ -19,12 +19,10 @@ class Measuring:
         self._stage = stage
         self._executor: Executor | None = None
         recorded = recorded_evaluations(stage.records.records)
-        searched = any(e.ok and e.fidelity.split == "search" for e in recorded.values())
-        # What failed is part of a search's history; where nothing follows from it, try again.
+        succeeded = {e.fidelity.split for e in recorded.values() if e.ok}
+        # One failure is a result like others; where all failed nothing followed, so try again.
         self.cache = {e.key: e for e in warm_evaluations(stage.records)} | {
-            key: e
-            for key, e in recorded.items()
-            if e.ok or (searched and e.fidelity.split == "search")
+            key: e for key, e in recorded.items() if e.ok or e.fidelity.split in succeeded
         }
 
     @property

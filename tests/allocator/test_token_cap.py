@@ -16,6 +16,7 @@ from allocator.tables import TableStore
 from objectives.function_task import FunctionTask
 from search_spaces.build import SpaceRequest, build_space
 
+measured = []
 SIZES = {"statistics": 20, "search": 20, "guard": 10, "heldout": 14}
 
 
@@ -29,8 +30,12 @@ class Records:
         self.records.append(dict(record))
 
 
-def run(records, tokens=None, *, space="sparsity", store=None, fails="", **search):
-    """A run on a small network, one token per sequence; the split ``fails`` cannot be read."""
+def run(records, tokens=None, *, space="sparsity", store=None, fails="", failing=None, **search):
+    """A run on a small network, one token per sequence; the split ``fails`` cannot be read.
+
+    Of that split only the assignment ``failing``, if given.
+    """
+    measured.clear()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).half().float().eval()
     data = {name: [torch.randn(8, 64) for _ in range(size)] for name, size in SIZES.items()}
@@ -39,7 +44,8 @@ def run(records, tokens=None, *, space="sparsity", store=None, fails="", **searc
     bench = Bench.build(model, task, units)
 
     def measure(assignment, fidelity):
-        if fidelity.split == fails:
+        measured.append(fidelity.split)
+        if fidelity.split == fails and (failing is None or assignment == failing):
             raise MemoryError("another process held the memory")
         return bench.evaluator(assignment, fidelity)
 
@@ -126,3 +132,13 @@ def test_what_failed_for_want_of_memory_is_tried_again_by_a_resumed_run(split):
     healthy = run(records)
     assert all(e.ok for found in healthy.evaluations.values() for e in found.values())
     assert healthy.history.sha256 == run(Records()).history.sha256
+
+
+def test_one_failure_among_successes_stays_what_it_was():
+    records = Records()
+    failing = run(Records()).candidates["uniform"]
+    outcome = run(records, fails="heldout", failing=failing)
+    assert not outcome.evaluations["heldout"]["uniform"].ok
+    again = run(records)
+    assert not measured
+    assert again.evaluations == outcome.evaluations
