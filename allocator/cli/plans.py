@@ -62,8 +62,10 @@ def show(
         )
         show_space(plan, wish, budget, as_json=as_json)
         return
-    if budget or ties or open_units or context:
-        raise ValueError("--budget, --ties, --open and --context price a space: give --space too")
+    if budget or ties or open_units or context or batch > 1:
+        raise ValueError(
+            "--budget, --ties, --open, --context and --batch price a space: give --space too"
+        )
     path = _plan_file(Path(plan))
     if not path.exists() and (path.parent / "config.json").is_file():
         raise ValueError(f"{plan} is a model, not a plan: give --space to see what one costs")
@@ -152,9 +154,8 @@ def export(
             f"{first.unit}: expected {first.expected}, got {first.got}"
         )
     notes = list(receipt.notes)
-    if loaded.cache_bytes and not isinstance(exporter, TransformersCacheExporter):
-        other = TransformersCacheExporter.name
-        notes.append(f"The plan's caches are not in it: export them with --to {other}.")
+    if not isinstance(exporter, TransformersCacheExporter):
+        notes += _cache_notes(loaded)
     if as_json:
         files = [str(path) for path in receipt.files]
         print_json({"files": files, "num_units": receipt.num_units, "notes": notes})
@@ -183,6 +184,8 @@ def apply(
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
     loaded = load_model(model, dtype=loaded_plan.dtype, device="cpu")
+    for note in _cache_notes(loaded_plan):
+        console.print(f"note: {note}", markup=False)
     if packed:
         check_model(
             loaded_plan,
@@ -199,6 +202,14 @@ def apply(
     statistics = _statistics(loaded_plan, plan)
     write_checkpoint(loaded, loaded_plan, output, dtype=kept, statistics=statistics)
     console.print(str(output), markup=False, soft_wrap=True)
+
+
+def _cache_notes(plan: Plan) -> list[str]:
+    """What is said of a plan's caches where only weights are written."""
+    if not plan.cache_bytes:
+        return []
+    other = TransformersCacheExporter.name
+    return [f"The plan's caches are not in it: export them with --to {other}."]
 
 
 def _statistics(loaded: Plan, plan: Path) -> Mapping[str, Statistics]:

@@ -165,3 +165,12 @@ def test_a_budget_in_bits_per_weight_leaves_fixed_caches_out_of_the_weights(run)
     space = load_space(run / "space.json")
     with pytest.raises(ValueError, match="give bytes or per cent"):
         resolve_budget("4bpw", space)
+
+
+@pytest.mark.parametrize("packed", [[], ["--packed"]])
+def test_apply_says_that_caches_are_not_in_it(run, plan, tmp_path, packed):
+    out = succeed("apply", MODEL, run, "-o", tmp_path / "out", *packed)
+    assert "caches are not in it: export them with --to transformers-cache" in out
+    if packed:
+        size = (tmp_path / "out" / "model.packed.safetensors").stat().st_size
+        assert size == plan.achieved_bytes - plan.cache_bytes
