@@ -11,6 +11,8 @@ import numpy as np
 from scipy.stats import t as student
 
 OURS = "model_guided"
+COLUMNS = 3
+"""Panels of the curves beside each other."""
 
 
 def interval(values) -> tuple[float, float]:
@@ -93,16 +95,21 @@ def draw(records, path: Path) -> None:
         most = max(len(v) for points in methods.values() for v in points.values())
         for name in [n for n, p in methods.items() if min(map(len, p.values())) < most]:
             del methods[name]
-    places = list(curves)
+    places = sorted(curves, key=lambda place: (place[0], float(place[1].split()[0])))
     if not places:
         return
     colours = dict(
         zip(sorted({m for c in curves.values() for m in c}), pyplot.cm.tab10.colors, strict=False)
     )
-    size = (4.6 * len(places) + 1.8, 4.0)
+    columns = min(len(places), COLUMNS)
+    rows = -(-len(places) // columns)
+    size = (4.4 * columns + 2.2, 3.8 * rows)
     with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "anchors", "font.size": 10}):
-        figure, panels = pyplot.subplots(1, len(places), figsize=size, squeeze=False)
-        for axes, place in zip(panels[0], places, strict=True):
+        figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
+        panels = grid.ravel()
+        for axes in panels[len(places) :]:
+            axes.set_visible(False)
+        for axes, place in zip(panels, places, strict=False):
             for method, points in sorted(curves[place].items()):
                 tokens = sorted(points)
                 means = [np.mean(points[t]) for t in tokens]
@@ -116,9 +123,9 @@ def draw(records, path: Path) -> None:
             axes.minorticks_off()
             axes.set_title(f"{place[0]}, {place[1]}")
             axes.spines[["top", "right"]].set_visible(False)
-        named = [axes.get_legend_handles_labels() for axes in panels[0]]
+        named = [axes.get_legend_handles_labels() for axes in panels]
         shown = {label: line for found in named for line, label in zip(*found, strict=True)}
-        panels[0][-1].legend(
+        grid[0][-1].legend(
             [shown[name] for name in sorted(shown)],
             sorted(shown),
             frameon=False,
