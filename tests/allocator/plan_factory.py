@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from itertools import count
+from types import SimpleNamespace
 
 import torch
 from transformers import (
@@ -33,6 +34,15 @@ IDENTITY = ModelIdentity(
     name="tiny", architecture="TinyForCausalLM", config_sha256="c" * 64, weights_sha256="w" * 64
 )
 SLACK_BYTES = 1000
+
+
+def as_loaded(model, identity=IDENTITY):
+    """A model as loading gives it, of the identity that plans of this file are made for."""
+    return SimpleNamespace(
+        model=model,
+        config_sha256=identity.config_sha256,
+        weights_sha256=identity.weights_sha256,
+    )
 
 
 def tiny_mixtral(*, intermediate_size: int = 32) -> MixtralForCausalLM:

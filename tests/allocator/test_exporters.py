@@ -8,11 +8,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from plan_factory import MIXED, in_turn, make_plan, tiny_gpt2, tiny_llama, tiny_mixtral
+from plan_factory import MIXED, as_loaded, in_turn, make_plan, tiny_gpt2, tiny_llama, tiny_mixtral
 
 from allocator.apply import apply_plan
 from allocator.exporters import EXPORTERS, Exporter, Mismatch
@@ -311,7 +310,7 @@ def test_evopress_loads_the_database(make, tmp_path):
     dense = make()
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     plan = make_plan(dense, in_turn(*MIXED), dense_dtype="F32")
-    receipt = EXPORTERS["evopress"]().write_model(plan, SimpleNamespace(model=dense), tmp_path, {})
+    receipt = EXPORTERS["evopress"]().write_model(plan, as_loaded(dense), tmp_path, {})
     assert len(receipt.files) == 1 + sum(len(unit.members) for unit in plan.units)
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
     loaded, applied = make(), make()
@@ -345,7 +344,7 @@ def test_evopress_numbers_levels_that_bits_do_not_name(tmp_path):
     plan = make_plan(
         dense, in_turn(RoundToNearest(4, 32), Keep(), RoundToNearest(4, 16)), dense_dtype="F32"
     )
-    receipt = exporter.write_model(plan, SimpleNamespace(model=dense), tmp_path, {})
+    receipt = exporter.write_model(plan, as_loaded(dense), tmp_path, {})
     levels = {line.split(": ")[1] for line in receipt.files[0].read_text().splitlines()}
     assert levels == {"100", "101", "16"}
     assert exporter.verify(plan, tmp_path) == []
@@ -383,7 +382,5 @@ def test_evopress_finds_missing_and_unknown_modules(tmp_path):
 def test_database_refuses_another_model(tmp_path):
     plan = make_plan(tiny_llama(), in_turn(*PLAIN))
     with pytest.raises(ValueError, match=r"layers\.2"):
-        EXPORTERS["evopress"]().write_model(
-            plan, SimpleNamespace(model=tiny_llama(layers=3)), tmp_path, {}
-        )
+        EXPORTERS["evopress"]().write_model(plan, as_loaded(tiny_llama(layers=3)), tmp_path, {})
     assert not list(tmp_path.iterdir())

@@ -5,12 +5,11 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from cli_runs import MODEL, search, succeed
-from plan_factory import in_turn, make_plan, tiny_gpt2, tiny_llama
+from plan_factory import as_loaded, in_turn, make_plan, tiny_gpt2, tiny_llama
 from safetensors.torch import load_file, save_file
 from test_apply import state, tiny_mixtral
 from transformers import AutoModelForCausalLM
@@ -266,7 +265,7 @@ def test_refuses_a_plan_without_stacks(exporter, tmp_path):
 def test_refuses_another_model(exporter, tmp_path):
     plan = make_plan(tiny_llama(), in_turn(*STACKS))
     with pytest.raises(ValueError, match=r"layers\.2"):
-        exporter.write_model(plan, SimpleNamespace(model=tiny_llama(layers=3)), tmp_path, {})
+        exporter.write_model(plan, as_loaded(tiny_llama(layers=3)), tmp_path, {})
     assert not list(tmp_path.iterdir())
     write_stack(plan, tiny_llama(), tmp_path, statistics={}, num_levels=3)
     with pytest.raises(ValueError, match=r"layers\.2"):

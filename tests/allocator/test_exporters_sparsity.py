@@ -4,12 +4,11 @@ The run of llm-compressor itself needs that package, whose pins exclude ours; it
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from plan_factory import in_turn, make_plan, tiny_gpt2, tiny_llama, tiny_mixtral
+from plan_factory import as_loaded, in_turn, make_plan, tiny_gpt2, tiny_llama, tiny_mixtral
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import prune
 
@@ -180,7 +179,7 @@ def test_torch_prunes_with_the_masks(make, tmp_path):
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     plan = make_plan(dense, in_turn(*MASKED), dense_dtype="F32")
     stats = statistics(dense, plan)
-    receipt = exporter.write_model(plan, SimpleNamespace(model=dense), tmp_path, stats)
+    receipt = exporter.write_model(plan, as_loaded(dense), tmp_path, stats)
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
     assert exporter.verify(plan, tmp_path) == []
 
@@ -209,7 +208,7 @@ def test_masks_alone_where_pruning_changes_no_weight(tmp_path):
     dense = tiny_llama().bfloat16()
     plan = make_plan(dense, in_turn(Prune(0.5), Keep()))
     exporter = EXPORTERS["torch-prune"]()
-    _, path = exporter.write_model(plan, SimpleNamespace(model=dense), tmp_path, {}).files
+    _, path = exporter.write_model(plan, as_loaded(dense), tmp_path, {}).files
     assert {name.rpartition("_")[2] for name in load_file(path)} == {"mask"}
 
 
@@ -217,7 +216,7 @@ def test_verifying_counts_the_masks(tmp_path):
     dense = tiny_llama()
     plan = make_plan(dense, in_turn(Prune(0.5), Keep()))
     exporter = EXPORTERS["torch-prune"]()
-    _, path = exporter.write_model(plan, SimpleNamespace(model=dense), tmp_path, {}).files
+    _, path = exporter.write_model(plan, as_loaded(dense), tmp_path, {}).files
     found = load_file(path)
     mask = found[f"{Q_PROJ}.weight_mask"]
     mask[0, mask[0].nonzero()[0]] = False
@@ -239,7 +238,7 @@ def test_verifying_counts_the_masks(tmp_path):
 def test_torch_prunes_stacks_of_experts(tmp_path):
     model, plan = experts(Prune(0.5))
     exporter = EXPORTERS["torch-prune"]()
-    _, path = exporter.write_model(plan, SimpleNamespace(model=model), tmp_path, {}).files
+    _, path = exporter.write_model(plan, as_loaded(model), tmp_path, {}).files
     assert exporter.verify(plan, tmp_path) == []
     assert "model.layers.0.mlp.experts.gate_up_proj" in prune_with(model, path)
     stack = model.get_submodule("model.layers.0.mlp.experts").gate_up_proj
@@ -250,9 +249,9 @@ def test_masks_need_the_plans_model_and_statistics(tmp_path):
     plan = make_plan(tiny_llama(), in_turn(*MASKED))
     exporter = EXPORTERS["torch-prune"]()
     with pytest.raises(ValueError, match=r"layers\.2"):
-        exporter.write_model(plan, SimpleNamespace(model=tiny_llama(layers=3)), tmp_path, {})
+        exporter.write_model(plan, as_loaded(tiny_llama(layers=3)), tmp_path, {})
     with pytest.raises(ValueError, match="second_moment"):
-        exporter.write_model(plan, SimpleNamespace(model=tiny_llama()), tmp_path, {})
+        exporter.write_model(plan, as_loaded(tiny_llama()), tmp_path, {})
 
 
 # llm-compressor

@@ -2,12 +2,11 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from cli_runs import MODEL
-from plan_factory import in_turn, make_plan, tiny_llama
+from plan_factory import as_loaded, in_turn, make_plan, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicLayer
 
@@ -164,9 +163,7 @@ def test_weight_exporters_leave_caches_alone(tmp_path):
         assert receipt.num_units == len(without.units)
         assert exporter.verify(plan, receipt.files[0]) == []
     (_, *weights) = (
-        EXPORTERS["evopress"]()
-        .write_model(plan, SimpleNamespace(model=model), tmp_path / "database", {})
-        .files
+        EXPORTERS["evopress"]().write_model(plan, as_loaded(model), tmp_path / "database", {}).files
     )
     assert len(weights) == len(without.units)
 
