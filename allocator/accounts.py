@@ -6,6 +6,7 @@ went through) show what sharing forward passes saved.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,12 +75,11 @@ def recorded_tokens(records: Records, *, of: str = "counts") -> dict[str, int]:
         records: The journal.
         of: ``counts`` or ``block_counts``; journals before the latter have none.
     """
-    totals: dict[str, int] = {}
+    totals = Counter[str]()
     for record in records.records:
         if record["type"] == "tokens":
-            for kind, count in record.get(of, {}).items():
-                totals[kind] = totals.get(kind, 0) + count
-    return totals
+            totals.update(record.get(of, {}))
+    return dict(totals)
 
 
 def undisturbed_tokens(records: Records) -> dict[str, int]:
@@ -90,10 +90,10 @@ def undisturbed_tokens(records: Records) -> dict[str, int]:
             for kind, count in record["counts"].items():
                 key = record.get("purpose", ""), kind
                 passes[key] = max(passes.get(key, 0), count)
-    totals: dict[str, int] = {}
+    totals = Counter[str]()
     for (_, kind), count in passes.items():
-        totals[kind] = totals.get(kind, 0) + count
-    return totals
+        totals[kind] += count
+    return dict(totals)
 
 
 def all_spent(records: Records, evaluations: Iterable[Evaluation]) -> Spent:

@@ -84,6 +84,20 @@ StatisticsByName = Mapping[str, Statistics]
 NO_STATISTICS: StatisticsByName = {}
 
 
+def check_loaded(plan: Plan, loaded: LoadedModel) -> None:
+    """As :func:`check_model`, with the hashes of a model's files.
+
+    Raises:
+        ValueError: As there.
+    """
+    check_model(
+        plan,
+        loaded.model,
+        config_sha256=loaded.config_sha256,
+        weights_sha256=loaded.weights_sha256,
+    )
+
+
 def apply_plan(model: nn.Module, plan: Plan, statistics: StatisticsByName = NO_STATISTICS) -> None:
     """Replace a dense model's parameters, in place, by what the plan stores of them.
 
@@ -154,12 +168,7 @@ def write_checkpoint(
         ValueError: The model is not the plan's, an operator's statistics are missing, or the output
             is not empty or cannot be written.
     """
-    check_model(
-        plan,
-        loaded.model,
-        config_sha256=loaded.config_sha256,
-        weights_sha256=loaded.weights_sha256,
-    )
+    check_loaded(plan, loaded)
     with new_folder(output) as folder:
         model: nn.Module = loaded.model
         if dtype == "float32":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from allocator.apply import NO_STATISTICS, StatisticsByName, apply_plan, check_model
+from allocator.apply import NO_STATISTICS, StatisticsByName, apply_plan, check_loaded
 from allocator.bench import load_model_for, resolve_threads
 from allocator.config import MeasureConfig
 from allocator.plan import Measured, Plan
@@ -34,12 +34,7 @@ def measure_plan(
     """
     config = MeasureConfig(dtype=plan.dtype, threads=threads)  # type: ignore[arg-type]
     loaded = load_model_for(model, config, resolve_threads(threads, 1))
-    check_model(
-        plan,
-        loaded.model,
-        config_sha256=loaded.config_sha256,
-        weights_sha256=loaded.weights_sha256,
-    )
+    check_loaded(plan, loaded)
     num_sequences, length = request.num_heldout, request.sequence_length
     check_length(loaded.model, length)
     task = LanguageTask(build_calibration(request, loaded.tokenizer), top_k=0)

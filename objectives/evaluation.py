@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -166,6 +166,15 @@ def evaluation_key(assignment: Assignment, fidelity: Fidelity) -> str:
 def round_significant(value: float) -> float:
     """Round to six significant digits, so that equal losses are equal on every worker."""
     return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
+
+
+def non_finite(named: Mapping[str, Iterable[float]]) -> str | None:
+    """What is said of the first value that is no number, by its name; ``None`` if all are."""
+    for name, values in named.items():
+        for value in values:
+            if not math.isfinite(value):
+                return f"non-finite {name} {value}"
+    return None
 
 
 def mean(values: Sequence[float]) -> float:

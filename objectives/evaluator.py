@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
 from torch import nn
 
 from objectives.bank import Bank
-from objectives.evaluation import Evaluation, Fidelity, Slopes, round_significant
+from objectives.evaluation import Evaluation, Fidelity, Slopes, non_finite, round_significant
 from objectives.prefix import DEFAULT_PREFIX_BYTES, PrefixReuse
 from objectives.slopes import SlopeReader
 from objectives.task import SequenceLosses, Task, TokenMeter
@@ -120,18 +119,8 @@ def evaluation_of(
     num_block_tokens: int,
 ) -> Evaluation:
     """What was measured, rounded; a non-finite loss or slope is a failed evaluation."""
-    told = {"loss": losses.nats}
-    if slopes is not None:
-        told["slope"] = tuple(itertools.chain(*slopes.nats, *slopes.moves))
-    error = next(
-        (
-            f"non-finite {name} {value}"
-            for name, values in told.items()
-            for value in values
-            if not math.isfinite(value)
-        ),
-        None,
-    )
+    numbers = () if slopes is None else itertools.chain(*slopes.nats, *slopes.moves)
+    error = non_finite({"loss": losses.nats, "slope": numbers})
     found = error is None
     return Evaluation(
         assignment,

@@ -22,7 +22,7 @@ from objectives.calibration import Calibration, CalibrationRequest, build_calibr
 from objectives.evaluator import Evaluator
 from objectives.hidden_states import DEFAULT_HIDDEN_BYTES
 from objectives.language_task import LanguageTask
-from objectives.loading import load_tokenizer
+from objectives.loading import check_length, load_tokenizer
 from objectives.peak_memory import PeakMemory
 from objectives.sensitivity import SCORERS, CellScorer, LossTable, Scorer, ScoringContext
 from objectives.statistics import Progress
@@ -98,12 +98,14 @@ def profile_streamed(
 
     Raises:
         ValueError: The model cannot be streamed, a scorer is unknown or runs passes of its own, the
-            space has caches, the first scorer cannot serve it, or a loss is not finite.
+            space has caches, sequences are longer than the model reads, the first scorer cannot
+            serve it, or a loss is not finite.
     """
     chosen = {scorer.name: scorer for scorer in map(_cell_scorer, scorers)}
     stream = StreamedModel(checkpoint, dtype=settings.dtype, device=settings.device)
     space = request if isinstance(request, SearchSpace) else build_space(stream.model, request)
     if isinstance(text, CalibrationRequest):
+        check_length(stream.model, text.sequence_length)
         text = build_calibration(text, load_tokenizer(stream.folder))
     file = None
     if settings.statistics is not None and space.needs:

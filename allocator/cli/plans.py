@@ -177,7 +177,7 @@ def apply(
     dtype: Annotated[str, typer.Option(help="Of the checkpoint; auto: as measured.")] = "auto",
 ) -> None:
     """Write the compressed model: a checkpoint that transformers loads, or one packed file."""
-    from allocator.apply import check_model, write_checkpoint, write_packed
+    from allocator.apply import check_loaded, write_checkpoint, write_packed
     from objectives.loading import load_model
 
     loaded_plan = load_plan(_plan_file(plan))
@@ -187,12 +187,7 @@ def apply(
     for note in _cache_notes(loaded_plan):
         console.print(f"note: {note}", markup=False)
     if packed:
-        check_model(
-            loaded_plan,
-            loaded.model,
-            config_sha256=loaded.config_sha256,
-            weights_sha256=loaded.weights_sha256,
-        )
+        check_loaded(loaded_plan, loaded)
         output.mkdir(parents=True, exist_ok=True)
         path = output / "model.packed.safetensors"
         write_packed(loaded.model, loaded_plan, path, _statistics(loaded_plan, plan))

@@ -153,13 +153,10 @@ def _stream(
     """Tables of a model that need not fit in memory; written to the folder."""
     from allocator.run_texts import calibration_request
     from allocator.session import price_space
-    from objectives.loading import check_length, find_model
     from objectives.statistics_file import FILE_NAME
     from objectives.streamed_profile import StreamSettings, profile_streamed
-    from search_spaces.models.skeleton import skeleton
 
     request = replace(calibration_request(config.data, config.data.text), num_search=1)
-    check_length(skeleton(find_model(config.model)), config.data.sequence_length)
     space = price_space(config.model, config.space)
     folder.make()
     settings = StreamSettings(

@@ -15,7 +15,7 @@ from allocator.cli.terminal import console, format_bytes, parse_duration, print_
 from allocator.config import Objective, RunConfig
 from allocator.executors import EXECUTORS
 from allocator.run_folder import existing_run, run_folder
-from allocator.searches import SEARCHES, preferred_sequences
+from allocator.searches import preferred_sequences, search_names
 from objectives.device_map import DEVICE_MAPS, parse_device_map
 
 if TYPE_CHECKING:
@@ -295,11 +295,7 @@ def make_config(data: dict[str, Any]) -> RunConfig:
         place = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
         option = _OPTIONS.get(place, place.rpartition(".")[2].replace("_", "-"))
         raise ValueError(f"--{option}: {first['msg']}, got {first['input']!r}") from error
-    searches = [name.strip() for name in config.search.name.split(",")]
-    for name in searches:
-        SEARCHES[name]
-    if len(set(searches)) < len(searches):
-        raise ValueError(f"--search: expected different searches, got {config.search.name!r}")
+    search_names(config.search.name)
     for table, word in (
         (SCORERS, config.search.scorer),
         (EXECUTORS, config.execution.executor),

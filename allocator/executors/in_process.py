@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import heapq
 import logging
-import math
 from dataclasses import replace
 
 from allocator.executors.base import Measure, MeasureFactory
-from objectives.evaluation import Evaluation, Fidelity
+from objectives.evaluation import Evaluation, Fidelity, non_finite
 from search_spaces.space import Assignment
 
 logger = logging.getLogger(__name__)
@@ -60,16 +59,12 @@ def safe_measure(measure: Measure, assignment: Assignment, fidelity: Fidelity) -
         text = " ".join(str(error).split())[:_MOST_ERROR_CHARACTERS]
         name = type(error).__name__
         return Evaluation(assignment, fidelity, error=f"{name}: {text}" if text else name)
-    for what, values in (
-        ("loss", evaluation.sequence_nats),
-        ("cross-entropy", evaluation.sequence_cross_entropy_nats),
-    ):
-        bad = next((value for value in values if not math.isfinite(value)), None)
-        if bad is not None:
-            return replace(
-                evaluation,
-                sequence_nats=(),
-                sequence_cross_entropy_nats=(),
-                error=f"non-finite {what} {bad}",
-            )
+    wrong = non_finite(
+        {
+            "loss": evaluation.sequence_nats,
+            "cross-entropy": evaluation.sequence_cross_entropy_nats,
+        }
+    )
+    if wrong is not None:
+        return replace(evaluation, sequence_nats=(), sequence_cross_entropy_nats=(), error=wrong)
     return evaluation

@@ -100,14 +100,9 @@ class EvoPressExporter:
         """
         import torch
 
-        from allocator.apply import check_model, compressed
+        from allocator.apply import check_loaded, compressed
 
-        check_model(
-            plan,
-            loaded.model,
-            config_sha256=loaded.config_sha256,
-            weights_sha256=loaded.weights_sha256,
-        )
+        check_loaded(plan, loaded)
         receipt = self.write(plan, destination)
         lines = {line.member: line for line in _lines(plan)}
         levels = _levels(tuple(lines.values()))

@@ -103,15 +103,10 @@ class FactorisedExporter:
                 the model is not of transformers' own, or the folder is not empty or cannot be
                 written.
         """
-        from allocator.apply import apply_plan, check_model, new_folder
+        from allocator.apply import apply_plan, check_loaded, new_folder
 
         model = loaded.model
-        check_model(
-            plan,
-            model,
-            config_sha256=loaded.config_sha256,
-            weights_sha256=loaded.weights_sha256,
-        )
+        check_loaded(plan, loaded)
         code = _modeling(model)
         factors = {m.module: _factors(model, m, o, statistics) for _, m, o in _low_rank(plan)}
         dtype = model.dtype

@@ -85,15 +85,10 @@ class TorchPruneExporter:
             ValueError: The plan is for another model or does more than prune, statistics are
                 missing, or the folder cannot be written.
         """
-        from allocator.apply import check_model
+        from allocator.apply import check_loaded
         from objectives.tensor_file import write_tensors
 
-        check_model(
-            plan,
-            loaded.model,
-            config_sha256=loaded.config_sha256,
-            weights_sha256=loaded.weights_sha256,
-        )
+        check_loaded(plan, loaded)
         receipt = self.write(plan, destination)
         tensors: dict[str, Tensor] = {}
         for _, member, operator in _pruned(plan):

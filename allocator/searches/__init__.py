@@ -42,15 +42,29 @@ SEARCHES: Registry[SearchFactory] = Registry(
 )
 
 
+def search_names(name: str) -> list[str]:
+    """One name, or several with commas between them, as a list.
+
+    Raises:
+        ValueError: An unknown name, or one that is given twice.
+    """
+    names = [part.strip() for part in name.split(",")]
+    for part in names:
+        SEARCHES[part]
+    if len(set(names)) != len(names):
+        raise ValueError(f"a portfolio of different searches was expected, got {name!r}")
+    return names
+
+
 def preferred_sequences(name: str) -> int:
     """Sequences per evaluation that a search, or the most demanding of several, does best with."""
-    searches = (SEARCHES[part.strip()] for part in name.split(","))
+    searches = (SEARCHES[part] for part in search_names(name))
     return max(getattr(search, "preferred_sequences", _SEQUENCES) for search in searches)
 
 
 def needs_importances(name: str) -> bool:
     """Whether a search, or any of several, reads samples of the weights' importances."""
-    searches = (SEARCHES[part.strip()] for part in name.split(","))
+    searches = (SEARCHES[part] for part in search_names(name))
     return any(getattr(search, "needs_importances", False) for search in searches)
 
 
@@ -64,9 +78,7 @@ def make_search(name: str, setting: SearchSetting) -> Search:
     Raises:
         ValueError: An unknown name, one that is given twice, or a setting that a search refuses.
     """
-    names = [part.strip() for part in name.split(",")]
+    names = search_names(name)
     if len(names) == 1:
         return SEARCHES[names[0]](setting)
-    if len(set(names)) != len(names):
-        raise ValueError(f"a portfolio of different searches was expected, got {name!r}")
     return Portfolio([SEARCHES[part](setting) for part in names], setting.num_sequences)

@@ -36,12 +36,13 @@ IDENTITY = ModelIdentity(
 SLACK_BYTES = 1000
 
 
-def as_loaded(model, identity=IDENTITY):
+def as_loaded(model, **more):
     """A model as loading gives it, of the identity that plans of this file are made for."""
     return SimpleNamespace(
         model=model,
-        config_sha256=identity.config_sha256,
-        weights_sha256=identity.weights_sha256,
+        config_sha256=IDENTITY.config_sha256,
+        weights_sha256=IDENTITY.weights_sha256,
+        **more,
     )
 
 

@@ -5,11 +5,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from plan_factory import IDENTITY, in_turn, make_plan, tiny_gpt2, tiny_llama, tiny_mixtral
+from plan_factory import (
+    as_loaded,
+    in_turn,
+    make_plan,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mixtral,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -34,12 +40,7 @@ class NoTokenizer:
 
 
 def loaded(model):
-    return SimpleNamespace(
-        model=model,
-        tokenizer=NoTokenizer(),
-        config_sha256=IDENTITY.config_sha256,
-        weights_sha256=IDENTITY.weights_sha256,
-    )
+    return as_loaded(model, tokenizer=NoTokenizer())
 
 
 def statistics_of(plan):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from memory_records import Records
 from plan_factory import tiny_llama
 
 from allocator.bench import Bench
@@ -16,22 +17,6 @@ from search_spaces.space import SearchSpace
 
 NAMES = ("fisher", "relative_error")
 ALL_NAMES = ("blend", "fisher", "reconstruction", "relative_error")
-
-
-class Records:
-    """A journal in memory that can die after so many records."""
-
-    def __init__(self, records=(), most=None):
-        self.records = list(records)
-        self._most = most
-
-    def append(self, record):
-        if self._most is not None and len(self.records) >= self._most:
-            raise KeyboardInterrupt
-        self.records.append(dict(record))
-
-    def of(self, kind):
-        return [record for record in self.records if record["type"] == kind]
 
 
 class Notes(Silent):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from memory_records import Records
 from torch import nn
 
 from allocator.accounts import recorded_tokens, undisturbed_tokens
@@ -18,16 +19,6 @@ from search_spaces.build import SpaceRequest, build_space
 
 measured = []
 SIZES = {"statistics": 20, "search": 20, "guard": 10, "heldout": 14}
-
-
-class Records:
-    """A journal in memory."""
-
-    def __init__(self, records=()):
-        self.records = list(records)
-
-    def append(self, record):
-        self.records.append(dict(record))
 
 
 def run(records, tokens=None, *, space="sparsity", store=None, fails="", failing=None, **search):

@@ -9,13 +9,12 @@ race would: how many sequences it would have read, and how often it would have d
 
 from __future__ import annotations
 
-import argparse
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from methods import Searched
-from run import SPACES, Lab
+from run import SPACES, Lab, lab_parser
 
 from allocator.searches import descent
 from allocator.searches.model_guided import ModelGuided
@@ -56,17 +55,13 @@ def replay(ours, theirs, rung, level):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m-rescaled")
-    parser.add_argument("--text", default="wiki-summaries")
-    parser.add_argument("--length", type=int, default=256)
+    parser = lab_parser(__doc__)
     parser.add_argument("--space", choices=list(SPACES), default="bits")
     parser.add_argument("--budget", default="3 bit")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--sequences", type=int, default=16, help="of a step")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.set_defaults(dtype="auto", device="auto", statistics=16, search=64, heldout=16)
+    parser.set_defaults(threads=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     raced = descent.DescentOptions(

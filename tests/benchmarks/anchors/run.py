@@ -222,25 +222,31 @@ def run(options: argparse.Namespace, space: str, seed: int) -> None:
         print(f"{space} {budget} seed {seed} {name}: {mean:.4f}", flush=True)
 
 
-def main() -> None:
-    """Run what is missing and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/anchors"))
+def lab_parser(doc: str) -> argparse.ArgumentParser:
+    """The options of every :class:`Lab`."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m-rescaled")
     parser.add_argument("--text", default="wiki-summaries")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--profile", choices=["full", "small"], default="full")
-    parser.add_argument("--spaces", nargs="+", default=["bits"], choices=list(SPACES))
-    parser.add_argument("--budgets", nargs="+", default=[], help="such as '3 bit'; default all")
-    parser.add_argument("--methods", nargs="+", default=[], help="default all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--tokens", type=int, default=60_000, help="of every method")
     parser.add_argument("--statistics", type=int, default=16, help="sequences")
     parser.add_argument("--search", type=int, default=64, help="sequences")
     parser.add_argument("--heldout", type=int, default=16, help="sequences")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=0)
+    return parser
+
+
+def main() -> None:
+    """Run what is missing and write the table."""
+    parser = lab_parser(__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("runs/anchors"))
+    parser.add_argument("--profile", choices=["full", "small"], default="full")
+    parser.add_argument("--spaces", nargs="+", default=["bits"], choices=list(SPACES))
+    parser.add_argument("--budgets", nargs="+", default=[], help="such as '3 bit'; default all")
+    parser.add_argument("--methods", nargs="+", default=[], help="default all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--tokens", type=int, default=60_000, help="of every method")
     parser.add_argument("--table", action="store_true", help="run nothing")
     if parser.parse_known_args()[0].profile == "small":
         parser.set_defaults(**SMALL)

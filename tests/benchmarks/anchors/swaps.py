@@ -10,11 +10,9 @@ Prints rank correlations, and what all of it cost in tokens.
 
 from __future__ import annotations
 
-import argparse
-
 import numpy as np
 import torch
-from run import SPACES, Lab
+from run import SPACES, Lab, lab_parser
 from scipy.stats import spearmanr
 
 from allocator.searches.local_table import LocalTable
@@ -22,17 +20,13 @@ from objectives.evaluation import Fidelity
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m-rescaled")
-    parser.add_argument("--text", default="wiki-summaries")
-    parser.add_argument("--length", type=int, default=256)
+    parser = lab_parser(__doc__)
     parser.add_argument("--space", choices=list(SPACES), default="bits")
     parser.add_argument("--budget", default="3 bit")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--units", type=int, default=40)
     parser.add_argument("--measured", type=int, default=8, help="sequences of a swap")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.set_defaults(dtype="auto", device="auto", statistics=16, search=64, heldout=1)
+    parser.set_defaults(threads=1, heldout=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     lab = Lab(options, options.space, options.seed)
