@@ -26,6 +26,7 @@ from objectives.statistics_file import StatisticsFile
 from objectives.task import Task, TokenMeter
 from search_spaces.operators import Statistics
 from search_spaces.space import SearchSpace
+from search_spaces.whole_file import replacing
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,8 @@ class BenchPool:
         bench = self._benches[key]
         if bench.kept and bench.kept.path.exists() and not kept.path.exists():
             kept.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = kept.path.with_suffix(".tmp")
-            shutil.copyfile(bench.kept.path, temporary)
-            temporary.replace(kept.path)
+            with replacing(kept.path) as temporary:
+                shutil.copyfile(bench.kept.path, temporary)
         return replace(bench, kept=kept)
 
 

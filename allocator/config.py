@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from search_spaces.whole_file import write_whole
+
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
 Objective = Literal["kl", "cross_entropy", "perplexity", "hidden_state", "embedding"]
@@ -178,9 +180,7 @@ class RunConfig(_Strict):
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write a configuration as YAML; a reader sees the old content or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    temporary.replace(path)
+    write_whole(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def load_config(path: Path) -> RunConfig:

@@ -151,4 +151,7 @@ def _parse(row: Any, where: str) -> tuple[tuple[tuple[int, int], str], float]:
         key = (int(row["rows"]), int(row["columns"])), str(row["operator"])
         return key, float(row["seconds"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: expected {', '.join(_COLUMNS)}, got {row!r}") from error
+        expected = f"{where}: expected {', '.join(_COLUMNS)}"
+        if isinstance(row, dict) and (lacking := [name for name in _COLUMNS if name not in row]):
+            raise ValueError(f"{expected}; it lacks {', '.join(lacking)}") from error
+        raise ValueError(f"{expected}, two counts, a label and a number; got {row!r}") from error

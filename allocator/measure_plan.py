@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 from allocator.apply import NO_STATISTICS, StatisticsByName, apply_plan, check_loaded
 from allocator.bench import load_model_for, resolve_threads
 from allocator.config import MeasureConfig
 from allocator.plan import Measured, Plan
 from allocator.plan_build import measure
 from allocator.reporter import Reporter
-from objectives.calibration import CalibrationRequest, build_calibration
+from objectives.calibration import CalibrationRequest, build_calibration, hash_tokens
 from objectives.evaluation import Evaluation, Fidelity, round_significant
 from objectives.kv_cache import CacheSwitch
 from objectives.language_task import LanguageTask
 from objectives.loading import check_length
 from search_spaces.space import Assignment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SPLIT = "heldout"
 
@@ -37,7 +43,14 @@ def measure_plan(
     check_loaded(plan, loaded)
     num_sequences, length = request.num_heldout, request.sequence_length
     check_length(loaded.model, length)
-    task = LanguageTask(build_calibration(request, loaded.tokenizer), top_k=0)
+    calibration = build_calibration(request, loaded.tokenizer)
+    if not _is_new(request, loaded.tokenizer, plan):
+        reporter.note(
+            f"the plan's search may have read some of these sequences of {request.source}: another "
+            "text, or the run's own seed, length and at most its number of held-out sequences, "
+            "gives a held-out figure"
+        )
+    task = LanguageTask(calibration, top_k=0)
     advance = reporter.stage("dense model and plan", 3)
     task.prepare(loaded.model, _SPLIT)
     advance(1, "")
@@ -62,3 +75,20 @@ def measure_plan(
         )
         advance(done, "")
     return found
+
+
+def _is_new(request: CalibrationRequest, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> bool:
+    """Whether the plan's run certainly held these sequences out, or never knew the text."""
+    for text in plan.calibration.texts if plan.calibration else ():
+        heldout = text.splits[_SPLIT]
+        if text.source != request.source:
+            continue
+        if heldout.sequence_length != request.sequence_length:
+            return False
+        if heldout.num_sequences < request.num_heldout:
+            return False
+        whole = replace(request, num_heldout=heldout.num_sequences)
+        tokens = build_calibration(whole, tokenizer).splits[_SPLIT]
+        if hash_tokens(tokens) != heldout.sha256:
+            return False
+    return True

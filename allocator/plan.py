@@ -7,7 +7,6 @@ torch. Every byte count in it is recomputed on loading.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +22,7 @@ from pydantic import (
 from search_spaces.operators import AnyOperator, operator_from_json
 from search_spaces.space import Member, Unit
 from search_spaces.storage import ELEMENT_BYTES, StoredTensor, safetensors_bytes
+from search_spaces.whole_file import write_whole
 
 _MOST_PLAN_BYTES = 64 * 2**20
 # Objectives whose likelihood is the next token's, so that statistics serve all of them.
@@ -283,12 +283,7 @@ def load_plan(path: Path) -> Plan:
 def save_plan(plan: Plan, path: Path) -> None:
     """Write a plan so that a reader sees the old file or the whole new one, never half."""
     text = json.dumps(plan.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(path, text)
 
 
 def plan_json_schema() -> dict[str, Any]:

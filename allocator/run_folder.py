@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search_spaces.space import SearchSpace
+from search_spaces.whole_file import replacing, write_whole
 
 if TYPE_CHECKING:
     from objectives.sensitivity import LossTable  # loads torch
@@ -158,19 +159,9 @@ def existing_run(text: str, runs: Path) -> RunFolder:
     raise ValueError(f"no run {text!r} here or in {runs}{listing}")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def save_space(space: SearchSpace, path: Path) -> None:
     """Write a space as JSON."""
-    write_text(path, json.dumps(space.to_json(), separators=(",", ":")))
+    write_whole(path, json.dumps(space.to_json(), separators=(",", ":")))
 
 
 def load_space(path: Path) -> SearchSpace:
@@ -188,15 +179,11 @@ def load_space(path: Path) -> SearchSpace:
 
 def save_losses(tables: Mapping[str, LossTable], path: Path) -> None:
     """Write loss tables, one flat array a scorer."""
-    temporary = path.with_name(path.name + ".tmp")
     arrays = {
         f"{table.scorer}:{table.unit}": np.concatenate(table.losses) for table in tables.values()
     }
-    with temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[np.float64]]:

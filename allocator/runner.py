@@ -23,12 +23,13 @@ from allocator.plan_build import PlanFacts, build_plan
 from allocator.report import write_report
 from allocator.report.gather import gather_view
 from allocator.reporter import Reporter
-from allocator.run_folder import RunFolder, save_losses, write_text
+from allocator.run_folder import RunFolder, save_losses
 from allocator.search_build import Found
 from allocator.session import Session, begin, reopen, unfinished
 from allocator.solvers.dynamic import DynamicProgram
 from allocator.stage import Stage
 from search_spaces.space import SearchSpace
+from search_spaces.whole_file import write_whole
 
 _MEASURED_SPLITS = ("search", "guard", "heldout")
 
@@ -131,10 +132,10 @@ def _write(session: Session, finished: Finished) -> None:
     save_losses(outcome.tables | corrected, session.folder.losses)
     if outcome.found.formula is not None:
         formula = json.dumps(outcome.found.formula, indent=1) + "\n"
-        write_text(session.folder.path / "formula.json", formula)
+        write_whole(session.folder.path / "formula.json", formula)
     if outcome.found.front:
-        write_text(session.folder.path / "front.csv", front_csv(session.space, outcome.found))
-    write_text(session.folder.frontier, frontier_csv(session.space, outcome, session.budget))
+        write_whole(session.folder.path / "front.csv", front_csv(session.space, outcome.found))
+    write_whole(session.folder.frontier, frontier_csv(session.space, outcome, session.budget))
     save_plan(finished.plan, session.folder.plan)
     view = gather_view(session.folder, session.config, session.space, outcome, finished.plan)
     write_report(view, session.folder.report)

@@ -23,7 +23,7 @@ from allocator.executors import EXECUTORS, Executor, InProcess, WorkerSetting
 from allocator.journal import Journal
 from allocator.plan import CalibrationRecord, ModelIdentity
 from allocator.reporter import Reporter
-from allocator.run_folder import LONGEST_NAME, RunFolder, load_space, save_space, write_text
+from allocator.run_folder import LONGEST_NAME, RunFolder, load_space, save_space
 from allocator.run_texts import (
     build_texts,
     find_weights,
@@ -43,6 +43,7 @@ from objectives.task import TokenMeter
 from search_spaces.build import SpaceRequest, build_space
 from search_spaces.models import skeleton
 from search_spaces.space import SearchSpace
+from search_spaces.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,9 @@ def begin(
     device = resolve_device(config.measure.device)
     dtype = str(resolve_dtype(config.measure.dtype, device)).removeprefix("torch.")
     settled = config.measure.model_copy(update={"dtype": dtype, "threads": threads})
-    config = config.model_copy(update={"measure": settled})
+    # A folder's whole path, for whoever resumes from elsewhere.
+    model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+    config = config.model_copy(update={"measure": settled, "model": model})
     folder.make()
     meter = TokenMeter()
     if config.data.also and not config.data.weights:
@@ -301,7 +304,7 @@ class Session:
             if peak.device_bytes:
                 text += f", {peak.device_bytes / 2**30:.2f} GiB of {device}"
         found = {"Memory plan": str(bench.bank.plan), "Peak memory": text}
-        write_text(self.folder.memory, json.dumps(found))
+        write_whole(self.folder.memory, json.dumps(found))
 
     def executor(self) -> Executor:
         """What measures; in this process it uses the bench that is already there."""

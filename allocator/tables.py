@@ -23,6 +23,7 @@ from allocator.run_folder import read_arrays
 from objectives.kv_cache import CacheLosses
 from objectives.sensitivity import SCORERS, LossTable, Scorer, ScoringContext
 from search_spaces.space import Assignment, SearchSpace
+from search_spaces.whole_file import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +66,8 @@ class TableStore:
         """Keep a finished table; whoever comes second overwrites with the same content."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(table.scorer, space)
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, losses=np.concatenate(table.losses))
-        temporary.replace(path)
 
 
 @dataclass(frozen=True)

@@ -229,9 +229,9 @@ def _too_short(
     parts = ", ".join(
         f"{name} {min(len(filled[name]), needed[name])} of {needed[name]}" for name in needed
     )
-    missing = " or ".join(f"num_{name}" for name in needed if len(filled[name]) < needed[name])
+    missing = " or ".join(name for name in needed if len(filled[name]) < needed[name])
     return (
         f"{request.source} is too short: its {num_documents} different documents hold {found} "
         f"tokens, {sum(needed.values())} are needed, and a document serves one split only "
-        f"({parts}); lower {missing} or sequence_length, or give more text"
+        f"({parts}); ask for fewer {missing} sequences or shorter ones, or give more text"
     )

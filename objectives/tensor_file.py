@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from search_spaces.whole_file import replacing
+
 STORED_TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -50,17 +52,14 @@ def write_tensors(
     Raises:
         ValueError: It cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(whole, temporary, None if metadata is None else dict(metadata))
-        size = temporary.stat().st_size
-        assert exact_bytes in (None, size), (size, exact_bytes)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file(whole, temporary, None if metadata is None else dict(metadata))
+            size = temporary.stat().st_size
+            assert exact_bytes in (None, size), (size, exact_bytes)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot write {what + ' ' if what else ''}{path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 _ENTRY_BYTES = 256  # of a tensor in a header, besides its name: type, rank and offsets
@@ -118,14 +117,10 @@ def writing_tensors(
     Raises:
         ValueError: It cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             writer = TensorWriter(file, names, metadata)
             yield writer
             writer.finish()
-        temporary.replace(path)
     except OSError as error:
         raise ValueError(f"cannot write {what} {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

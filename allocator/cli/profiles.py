@@ -13,9 +13,10 @@ from rich.table import Table
 from allocator.cli.runs import DeviceMapOption, Json, Runs, make_config, split_pin
 from allocator.cli.terminal import console, print_json, reporting
 from allocator.config import RunConfig
-from allocator.run_folder import RunFolder, run_folder, save_losses, save_space, write_text
+from allocator.run_folder import RunFolder, run_folder, save_losses, save_space
 from objectives.device_map import parse_device_map
 from search_spaces.space import SearchSpace
+from search_spaces.whole_file import write_whole
 
 if TYPE_CHECKING:
     from allocator.profile import Comparison
@@ -188,8 +189,8 @@ def config_like(wanted: RunConfig, old: RunConfig) -> RunConfig:
 def _write_comparison(found: Comparison, title: str, folder: RunFolder) -> None:
     from allocator.report.comparison import comparison_csv, comparison_markdown, draw_comparison
 
-    write_text(folder.path / "comparison.csv", comparison_csv(found))
-    write_text(folder.path / "comparison.md", comparison_markdown(found, title))
+    write_whole(folder.path / "comparison.csv", comparison_csv(found))
+    write_whole(folder.path / "comparison.md", comparison_markdown(found, title))
     draw_comparison(found, title, folder.path / "comparison.svg")
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 from allocator.plan import Plan
 from search_spaces.operators import Keep, RoundToNearest, Statistics
 from search_spaces.space import Member
+from search_spaces.whole_file import write_whole
 
 if TYPE_CHECKING:
     from objectives.loading import LoadedModel
@@ -207,11 +208,9 @@ def write_text(destination: Path, name: str, text: str) -> Path:
         ValueError: The folder cannot be made or written to.
     """
     path = destination / name
-    temporary = path.with_name(f".{name}.tmp")
     try:
         destination.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, text)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from error
     return path

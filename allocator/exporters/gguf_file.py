@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from allocator.plan import Plan
 from objectives.tensor_file import STORED_TYPES
 from search_spaces.models.geometry import head_dim
 from search_spaces.operators.members import pack_unit
+from search_spaces.whole_file import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -62,29 +64,23 @@ def write_gguf_tensors(
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from error
-    temporary = path.with_name(f".{path.name}.tmp")
-    writer = _writer(plan, temporary)
     try:
-        if other:
-            other.copy_metadata(writer)
-        for tensor in tensors:
-            _add(writer, tensor)
-        if other:
-            other.add_vectors(writer)
-        writer.write_header_to_file(temporary)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for data in _matrices(plan, model, statistics):
-            writer.write_tensor_data(data)
-        if other:
-            other.write_vectors(writer)
-        writer.close()
-        temporary.replace(path)
+        with replacing(path) as temporary, closing(_writer(plan, temporary)) as writer:
+            if other:
+                other.copy_metadata(writer)
+            for tensor in tensors:
+                _add(writer, tensor)
+            if other:
+                other.add_vectors(writer)
+            writer.write_header_to_file(temporary)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for data in _matrices(plan, model, statistics):
+                writer.write_tensor_data(data)
+            if other:
+                other.write_vectors(writer)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        writer.close()
-        temporary.unlink(missing_ok=True)
     logger.info("wrote %s", path)
 
 

@@ -7,7 +7,6 @@ every figure has its numbers as a table, and the same run gives the same bytes.
 
 from __future__ import annotations
 
-import os
 from importlib import resources
 from pathlib import Path
 
@@ -40,6 +39,7 @@ from allocator.report.wording import (
     verdict,
     with_error,
 )
+from search_spaces.whole_file import write_whole
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -54,13 +54,7 @@ def write_report(view: RunView, path: Path) -> None:
     Raises:
         OSError: The file cannot be written; an older report then stays as it was.
     """
-    page = render_report(view)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(page)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(path, render_report(view))
 
 
 def render_report(view: RunView) -> str:

@@ -65,6 +65,26 @@ def test_evaluate_agrees_with_the_checkpoint(run, checkpoint):
     assert "perplexity" in table
 
 
+@pytest.mark.parametrize(
+    ("num_sequences", "length", "seed", "text", "said"),
+    [
+        (4, 128, 0, TEXT, False),  # the run's own held-out sequences
+        (2, 128, 0, TEXT, False),
+        (5, 128, 0, TEXT, True),  # the fifth was the guard's
+        (4, 128, 1, TEXT, True),
+        (2, 64, 0, TEXT, True),
+        (8, 64, 1, "wiki-summaries", False),
+    ],
+)
+def test_evaluate_says_where_the_search_may_have_read_the_text(
+    run, num_sequences, length, seed, text, said
+):
+    words = ["--num-sequences", num_sequences, "--sequence-length", length, "--seed", seed]
+    found = allocator("evaluate", MODEL, run, "--text", text, *words, "--threads", 1)
+    assert found.code == 0, found.err
+    assert ("may have read some of these sequences" in found.err) is said
+
+
 def test_packed_file_has_the_plans_bytes_and_numbers(run, checkpoint, tmp_path):
     plan = load_plan(run / "plan.json")
     text = succeed("apply", MODEL, run, "-o", tmp_path / "packed", "--packed")

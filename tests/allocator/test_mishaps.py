@@ -55,6 +55,20 @@ def test_a_refused_resume_changes_nothing(folder, option, value, sentence):
     succeed("resume", folder, "--trials", 14)
 
 
+def test_a_run_is_resumed_from_another_folder(tmp_path, monkeypatch):
+    model = tmp_path / "here" / "model"
+    shutil.copytree(MODEL, model)
+    monkeypatch.chdir(model.parent)
+    succeed(*search_arguments("model", runs=tmp_path / "runs", name="run"))
+    folder = tmp_path / "runs" / "run"
+    shutil.rmtree(folder / "cache")  # so that the model is read again
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    before = len(records(folder))
+    succeed("resume", folder, "--trials", 14)
+    assert len(records(folder)) > before
+
+
 def test_a_model_whose_configuration_changed_is_refused(tmp_path):
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)

@@ -273,16 +273,17 @@ def test_mistakes_about_latencies_are_told(timed, tmp_path):
     said = refusal(*words, "--latencies", tmp_path / "gap.csv", "--limit", "1s")
     assert "the latencies lack" in said
     assert lines[-1].split(",")[2] in said
-    for name, text in (
-        ("twice.csv", "\n".join([*lines, lines[-1]])),
-        ("faulty.csv", "rows,columns,operator,seconds\n4,4,keep,soon"),
-        ("negative.csv", "rows,columns,operator,seconds\n4,4,keep,-1"),
-        ("other.csv", "a,b\n1,2"),
-        ("empty.json", "[]"),
-        ("broken.json", "["),
+    for name, text, sentence in (
+        ("twice.csv", "\n".join([*lines, lines[-1]]), "a second latency of"),
+        ("faulty.csv", "rows,columns,operator,seconds\n4,4,keep,soon", "and a number; got"),
+        ("negative.csv", "rows,columns,operator,seconds\n4,4,keep,-1", "expected seconds, got -1"),
+        ("other.csv", "a,rows\n1,2", "it lacks columns, operator, seconds"),
+        ("empty.json", "[]", "holds no latencies"),
+        ("broken.json", "[", "cannot read"),
+        ("numbers.json", "[3]", "and a number; got 3"),
     ):
         (tmp_path / name).write_text(text)
-        refusal(*words, "--latencies", tmp_path / name, "--limit", "1s")
+        assert sentence in refusal(*words, "--latencies", tmp_path / name, "--limit", "1s")
     refusal(*words, "--latencies", tmp_path / "absent.csv", "--limit", "1s")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import resource
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -121,10 +122,15 @@ def test_same_run_same_bytes(view, tmp_path):
 def test_a_report_that_cannot_be_written_leaves_the_old_one(view, tmp_path):
     path = tmp_path / "report.html"
     path.write_text("old")
-    (tmp_path / "report.html.tmp").mkdir()
-    with pytest.raises(IsADirectoryError):
-        write_report(view, path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write_report(view, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_bytes_add_up_to_the_budget(view, page):

@@ -134,8 +134,8 @@ def test_too_short_says_the_numbers(tmp_path, tokenizer):
     expected = (
         f"{path} is too short: its 1 different documents hold {found} tokens, 320 are needed, and "
         "a document serves one split only (heldout 32 of 32, guard 0 of 64, search 0 of 96, "
-        "statistics 0 of 128); lower num_guard or num_search or num_statistics or "
-        "sequence_length, or give more text"
+        "statistics 0 of 128); ask for fewer guard or search or statistics sequences or shorter "
+        "ones, or give more text"
     )
     with pytest.raises(ValueError, match=re.escape(expected)):
         build_calibration(request, tokenizer)
