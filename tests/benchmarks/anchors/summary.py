@@ -44,15 +44,21 @@ def write_summary(folder: Path) -> None:
     draw(records, folder / "curves.svg")
 
 
+def place_order(place: tuple[str, str]) -> tuple[str, float]:
+    """Spaces by name, their budgets by size."""
+    return place[0], float(place[1].split()[0])
+
+
 def lines(records):
-    """Markdown: one table per space and budget."""
+    """Markdown: one table of all means, then one table per space and budget."""
     cells = defaultdict(lambda: defaultdict(dict))
     about = {}
     for r in records:
         last = r["points"][-1]
         cells[r["space"], r["budget"]][r["method"]][r["seed"]] = float(np.mean(last["heldout"]))
         about[r["method"]] = (r["feasible"], last["tokens"])
-    for (space, budget), methods in cells.items():
+    yield from overview(cells)
+    for (space, budget), methods in sorted(cells.items(), key=lambda item: place_order(item[0])):
         yield f"## {space}, {budget}"
         yield ""
         yield "| method | set | tokens | held-out nats | minus model_guided, paired | seeds |"
@@ -68,6 +74,38 @@ def lines(records):
             row = [name, feasible, f"{tokens:,}", with_interval(mean, half), difference]
             yield "| " + " | ".join([*row, str(len(found))]) + " |"
         yield ""
+
+
+def overview(cells):
+    """Markdown: ours in nats; of the others, ours divided by theirs on the seeds of both.
+
+    The mean of the ratios, and on how many of these seeds ours was better.
+    """
+    places = sorted(cells, key=place_order)
+    ratios = defaultdict(dict)
+    for place in places:
+        ours = cells[place].get(OURS, {})
+        for name, found in cells[place].items():
+            if name != OURS and (both := sorted(set(found) & set(ours))):
+                ratios[name][place] = [ours[s] / found[s] for s in both]
+    yield "## model_guided divided by each method, held-out nats"
+    yield ""
+    yield "| method | " + " | ".join(f"{space}, {budget}" for space, budget in places) + " |"
+    yield "| --- |" + " ---: |" * len(places)
+    row = [OURS + ", nats"]
+    for place in places:
+        ours = list(cells[place].get(OURS, {}).values())
+        row.append(f"{np.mean(ours):.3f}" if ours else "")
+    yield "| " + " | ".join(row) + " |"
+    closest = {name: max(np.mean(v) for v in found.values()) for name, found in ratios.items()}
+    for name in sorted(ratios, key=closest.__getitem__, reverse=True):
+        row = [name]
+        for place in places:
+            found = ratios[name].get(place, [])
+            won = f"{sum(r < 1 for r in found)}/{len(found)}"
+            row.append(f"{np.mean(found):.3f} ({won})" if found else "")
+        yield "| " + " | ".join(row) + " |"
+    yield ""
 
 
 def with_interval(mean: float, half: float, sign: str = "") -> str:
@@ -95,7 +133,7 @@ def draw(records, path: Path) -> None:
         most = max(len(v) for points in methods.values() for v in points.values())
         for name in [n for n, p in methods.items() if min(map(len, p.values())) < most]:
             del methods[name]
-    places = sorted(curves, key=lambda place: (place[0], float(place[1].split()[0])))
+    places = sorted(curves, key=place_order)
     if not places:
         return
     colours = dict(
