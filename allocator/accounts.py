@@ -68,6 +68,14 @@ def recorded_evaluations(records: Iterable[Mapping[str, Any]]) -> dict[str, Eval
     return {evaluation.key: evaluation for evaluation in found}
 
 
+def inherited_evaluations(records: Iterable[Mapping[str, Any]]) -> tuple[Evaluation, ...]:
+    """Measurements of an earlier run that a journal carries."""
+    for record in records:
+        if record["type"] == "warm_start":
+            return tuple(Evaluation.from_json(data) for data in record["evaluations"])
+    return ()
+
+
 def recorded_tokens(records: Records, *, of: str = "counts") -> dict[str, int]:
     """What stages other than measurements recorded, by kind.
 

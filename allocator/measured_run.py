@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from allocator.accounts import recorded_evaluations
+from allocator.accounts import inherited_evaluations, recorded_evaluations
 from allocator.journal import JournalContents, read_journal
 from allocator.run_folder import RunFolder, load_space
 from allocator.searches.ledger import Ledger
@@ -31,8 +31,10 @@ class MeasuredRun:
             under equal conditions may be compared.
         options: Labels of each unit's menu in its order, by the unit's name.
         num_sequences: Sequences in the search split.
-        evaluations: On the search split, in the order of measuring.
+        evaluations: On the search split, in the order of measuring; those that a warm start
+            brought along come first.
         others: On the guard and held-out splits; to be shown, never to be searched with.
+        inherited: Keys of the evaluations that a warm start brought along.
     """
 
     conditions: dict[str, Any]
@@ -40,6 +42,7 @@ class MeasuredRun:
     num_sequences: int
     evaluations: tuple[Evaluation, ...]
     others: tuple[Evaluation, ...] = ()
+    inherited: frozenset[str] = frozenset()
 
     def losses(self) -> dict[Assignment, tuple[float, float]]:
         """Loss and standard error in nats of each measured assignment, in order of measuring.
@@ -65,13 +68,16 @@ def read_measured_run(folder: RunFolder) -> MeasuredRun:
 
 def gather_measured_run(journal: JournalContents, space: SearchSpace) -> MeasuredRun:
     """The measurements in a run's journal."""
-    evaluations = recorded_evaluations(journal.records).values()
+    inherited = {e.key: e for e in inherited_evaluations(journal.records)}
+    recorded = recorded_evaluations(journal.records)
+    evaluations = (inherited | recorded).values()
     return MeasuredRun(
         conditions=loss_conditions(journal.header, space),
         options=option_labels(space),
         num_sequences=journal.header["config"]["data"]["search"],
         evaluations=tuple(e for e in evaluations if e.fidelity.split == "search"),
         others=tuple(e for e in evaluations if e.fidelity.split != "search"),
+        inherited=frozenset(inherited) - frozenset(recorded),
     )
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from allocator.accounts import recorded_evaluations, spending
+from allocator.accounts import inherited_evaluations, recorded_evaluations, spending
 from allocator.executors import Executor
-from allocator.search_build import warm_evaluations
 from allocator.stage import Stage
 from objectives.evaluation import Evaluation, Fidelity, evaluation_key
 from search_spaces.space import Assignment
@@ -21,7 +20,7 @@ class Measuring:
         recorded = recorded_evaluations(stage.records.records)
         succeeded = {e.fidelity.split for e in recorded.values() if e.ok}
         # One failure is a result like others; where all failed nothing followed, so try again.
-        self.cache = {e.key: e for e in warm_evaluations(stage.records)} | {
+        self.cache = {e.key: e for e in inherited_evaluations(stage.records.records)} | {
             key: e for key, e in recorded.items() if e.ok or e.fidelity.split in succeeded
         }
 

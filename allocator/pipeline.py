@@ -18,6 +18,7 @@ from allocator.accounts import (
     Records,
     Spent,
     all_spent,
+    inherited_evaluations,
     recorded_evaluations,
     undisturbed_tokens,
 )
@@ -30,7 +31,6 @@ from allocator.search_build import (
     Found,
     build_search,
     refit,
-    warm_evaluations,
     warm_starts,
     with_samples,
 )
@@ -160,7 +160,7 @@ def _search(
         trials=stage.caps.trials if ended is None else max(1, ended["told"]),
         tokens=tokens,
         seconds=stage.caps.seconds if ended is None else None,
-        free=frozenset(e.key for e in warm_evaluations(stage.records)),
+        free=frozenset(e.key for e in inherited_evaluations(stage.records.records)),
     )
     if ended is not None and not ended["told"]:
         history = History((), 0, ended["stopped"])  # its time was over before anything was told
@@ -229,7 +229,7 @@ def _spent(stage: Stage) -> Spent:
 
 def _refit(stage: Stage, setting: SearchSetting, history: History) -> LossTable | None:
     """The run's own table, corrected by its search."""
-    rows = refit(setting, [*warm_evaluations(stage.records), *history.evaluations])
+    rows = refit(setting, [*inherited_evaluations(stage.records.records), *history.evaluations])
     return None if rows is None else LossTable(REFIT, "nats", rows)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from allocator.accounts import Records
+from allocator.accounts import Records, inherited_evaluations
 from allocator.bench import Bench
 from allocator.problem import Problem
 from allocator.ratio_plans import removed_ratios
@@ -93,7 +93,7 @@ def build_search(
         records: The journal; may hold what an earlier run measured.
         reporter: Told how many options are left out.
     """
-    known = warm_evaluations(records)
+    known = inherited_evaluations(records.records)
     always = [*setting.starts, *(e.assignment for e in known)]
     kept = undominated(setting.problem, tables, always)
     offered, left = (sum(map(len, rows)) for rows in (setting.problem.bytes, kept))
@@ -107,14 +107,6 @@ def build_search(
     if known:
         search = WarmStarted(search, setting, known)
     return BuiltSearch(search, inner, kept, setting)
-
-
-def warm_evaluations(records: Records) -> tuple[Evaluation, ...]:
-    """Measurements of an earlier run that the journal carries."""
-    for record in records.records:
-        if record["type"] == "warm_start":
-            return tuple(Evaluation.from_json(data) for data in record["evaluations"])
-    return ()
 
 
 def warm_starts(records: Records, problem: Problem) -> list[Assignment]:

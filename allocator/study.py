@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from math import isclose
 from typing import TYPE_CHECKING, Any
 
+from allocator.budget import resolve_budget
 from allocator.journal import read_journal
 from allocator.measured_run import MeasuredRun, gather_measured_run
 from allocator.plan import Plan, load_plan
 from allocator.reporter import Reporter, Silent
 from allocator.run_folder import RunFolder, load_space
 from allocator.study_storage import open_storage
-from allocator.study_trials import BYTES, TrialRow, trial_rows
+from allocator.study_trials import BYTES, OVER_BUDGET, TrialRow, trial_rows
 from objectives.evaluation import Evaluation
 from search_spaces.space import SearchSpace
 
@@ -83,6 +84,7 @@ def export_study(
     run = gather_measured_run(journal, space)
     plan = load_plan(folder.plan) if folder.plan.is_file() else None
     rows = trial_rows(run, space, plan, name=folder.name)
+    most_bytes = resolve_budget(journal.header["config"]["budget"], space).stored_bytes
     if not rows:
         raise ValueError(f"the run {folder.path} has measured no assignment yet: let it go on")
     about = {**_about(folder, journal.header, space, plan), **_conditions(run)}
@@ -93,7 +95,7 @@ def export_study(
         fresh = [row for row in rows if row.key not in present]
         advance = reporter.stage("writing trials", len(fresh))
         for done, row in enumerate(fresh, start=1):
-            study.add_trial(_frozen(row, ranges, multi=multi))
+            study.add_trial(_frozen(row, ranges, most_bytes, multi=multi))
             advance(done, "")
         numbers = {key: trial.number for key, trial in _by_key(study).items()}
         about["candidates"] = {
@@ -222,9 +224,9 @@ def _ranges(
 
 
 def _frozen(
-    row: TrialRow, ranges: Mapping[str, BaseDistribution], *, multi: bool
+    row: TrialRow, ranges: Mapping[str, BaseDistribution], most_bytes: int, *, multi: bool
 ) -> optuna.trial.FrozenTrial:
-    """A finished trial."""
+    """A finished trial; feasible by Optuna's word where it is within the run's budget."""
     from optuna.trial import TrialState, create_trial
 
     failed = row.loss_nats is None
@@ -235,6 +237,7 @@ def _frozen(
         params={name: row.parameters[name] for name in ranges},
         distributions=dict(ranges),
         user_attrs={_KEY: row.key, **row.attributes},
+        constraints={OVER_BUDGET: row.bytes - most_bytes},
     )
 
 

@@ -23,6 +23,8 @@ _MOST_KINDS = 7
 _MOST_BANDS = 4
 BYTES = "total bytes"
 """The parameter that is a whole number; with two objectives it is the second of them instead."""
+OVER_BUDGET = "bytes over the budget"
+"""The constraint of a trial; at most 0 where it is feasible."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ def _measured(
         "evaluations": json.dumps(plain, separators=(",", ":")),
         "num_sequences": len(indices),
     }
+    if all(e.key in run.inherited for e in evaluations):
+        found["inherited"] = True  # from the run that this one was warm-started with
     if loss is None:
         return found | {"error": evaluations[0].error}
     return found | {"standard_error_nats": loss[1]}

@@ -92,6 +92,10 @@ def _structured() -> tuple[AnyOperator, ...]:
     return tuple(MoDeGPT(keep) for keep in (0.5, 0.625, 0.75, 0.875))
 
 
+def _depth() -> tuple[AnyOperator, ...]:
+    return (Prune(1.0, "magnitude"),)
+
+
 def _joint() -> tuple[AnyOperator, ...]:
     """Of each family what is near the front of bytes against error on a real model's matrices."""
     four = RoundToNearest(4)
@@ -157,6 +161,12 @@ PRESETS: Registry[Preset] = Registry(
                 "structured",
                 "MoDeGPT: narrower attention and feed-forward blocks, dense at the new shape",
                 _structured(),
+                ties="modules",
+            ),
+            _preset(
+                "depth",
+                "attention and feed-forward parts of blocks, each kept at 16 bits or dropped",
+                _depth(),
                 ties="modules",
             ),
             _preset("kv", "bits of the cache of each layer; the weights stay dense", (), kv=True),

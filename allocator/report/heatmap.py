@@ -78,7 +78,8 @@ class HeatMap:
             cells[entry.depth, row].append(choice)
         self._cells = {key: _Cell(tuple(choices)) for key, choices in cells.items()}
         bits = [cell.bits for cell in self._cells.values()]
-        self._low, self._high = min(*bits, _USUAL_BITS[0]), max(*bits, _USUAL_BITS[1])
+        stored = [b for b in bits if b > 0]  # an option may leave nothing of a unit
+        self._low, self._high = min(*stored, _USUAL_BITS[0]), max(*stored, _USUAL_BITS[1])
         self._short = _short_labels(
             {c.label for cell in self._cells.values() for c in cell.choices}
         )
@@ -195,7 +196,7 @@ def cell_colours(bits: float, low: float, high: float) -> tuple[str, str]:
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    position = math.log(bits / low) / math.log(high / low)
+    position = math.log(max(bits, low) / low) / math.log(high / low)
     colour = to_hex(colormaps["viridis"](min(1.0, max(0.0, position))))
     # Relative luminance as WCAG 2 defines it; above 0.179 black has the higher contrast.
     channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))

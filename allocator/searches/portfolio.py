@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import ClassVar
 
-from allocator.searches.base import Proposal, Search
+import numpy as np
+
+from allocator.searches.base import FrontPoint, Noting, Proposal, Search
 from allocator.searches.ledger import Ledger
+from allocator.searches.pareto import nondominated
 from objectives.evaluation import Evaluation, evaluation_key
 from search_spaces.space import Assignment
 
@@ -60,6 +63,37 @@ class Portfolio:
     def best(self) -> Assignment | None:
         """The least loss over everything told, after removing the sequences' difficulty."""
         return self._ledger.best()
+
+    @property
+    def ended(self) -> str:
+        """Why each search that says so proposes nothing more."""
+        said = ((search.name, getattr(search, "ended", "")) for search in self._searches)
+        return "; ".join(f"{name}: {words}" for name, words in said if words)
+
+    @property
+    def front(self) -> list[FrontPoint]:
+        """What no point of any search's front beats, the cheapest first."""
+        found: list[FrontPoint] = []
+        for search in self._searches:
+            found += getattr(search, "front", ())
+        if not found:
+            return []
+        return [found[i] for i in nondominated(np.array([(p.bytes, p.loss_nats) for p in found]))]
+
+    @property
+    def formula(self) -> object | None:
+        """The expression of the first search that looks for one."""
+        found = (getattr(search, "formula", None) for search in self._searches)
+        return next((formula for formula in found if formula is not None), None)
+
+    def notes(self) -> dict[str, float]:
+        """The notes of each search, under its name."""
+        return {
+            f"{search.name}: {key}": value
+            for search in self._searches
+            if isinstance(search, Noting)
+            for key, value in search.notes().items()
+        }
 
     def _propose(self, pending: Sequence[Assignment]) -> Proposal | None:
         """From the first search, in turn, that has something new to measure."""

@@ -4,10 +4,13 @@ import csv
 import json
 
 import numpy as np
+import optuna
 import pytest
 from cli_runs import allocator, load, measured_keys, records, search, search_arguments, succeed
 
-from allocator.run_folder import load_losses, load_space
+from allocator.measured_run import read_measured_run
+from allocator.run_folder import RunFolder, load_losses, load_space
+from objectives.evaluation import Evaluation
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +101,43 @@ def test_warm_start_from_nowhere_says_so(first):
     result = allocator(*search_arguments(runs=first.parent, name="x", warm_start="missing"))
     assert result.code == 2
     assert "missing" in result.err
+
+
+def test_a_chain_of_warm_starts_loses_nothing(first):
+    """What the first run measured comes to the third through the second, and to its study."""
+    second = search(first.parent, "chained", warm_start="first", search="evolution", trials=20)
+    third = search(first.parent, "third", warm_start="chained", search="random")
+    of_first, of_second, carried = (
+        {e.key for e in read_measured_run(RunFolder(run)).evaluations}
+        for run in (first, second, third)
+    )
+    assert of_first < of_second < carried
+    (record,) = records(third, "warm_start")
+    assert {Evaluation.from_json(e).key for e in record["evaluations"]} == of_second
+    storage = f"sqlite:///{first.parent / 'chain.db'}"
+    succeed("export-study", second, "--storage", storage)
+    study = optuna.load_study(study_name="chained", storage=storage)
+    inherited = [t for t in study.trials if t.user_attrs.get("inherited")]
+    assert 0 < len(inherited) < len(study.trials)
+    assert "returned" in study.user_attrs["candidates"]
+
+
+def test_a_portfolio_keeps_what_its_members_found(tmp_path):
+    run = search(tmp_path, search="nsga2,formula", trials=24)
+    assert load(run / "formula.json")["reduction"]
+    with (run / "front.csv").open() as file:
+        assert len(list(csv.DictReader(file))) > 1
+    (ended,) = records(run, "searched")
+    assert ended["notes"]["nsga2: num_front"] > 0
+
+
+def test_parts_of_blocks_are_dropped_within_the_budget(tmp_path):
+    """Depth, as EvoPress and others search it: an option that leaves no byte of a unit."""
+    run = search(tmp_path, space="depth", budget="80%", search="evolution", trials=16)
+    plan = load(run / "plan.json")
+    assert plan["achieved_bytes"] <= plan["budget_bytes"]
+    labels = [unit["operator"] for unit in plan["units"]]
+    dropped = [operator for operator in labels if operator["name"] == "prune"]
+    assert 0 < len(dropped) < len(labels)
+    assert "drop" in succeed("list", "spaces")
+    assert (run / "report.html").stat().st_size > 10_000

@@ -98,6 +98,9 @@ def test_a_trial_for_each_measured_assignment(run, study):
         assert trial.user_attrs["bits_per_weight"] == space.weight_bits(assignment)
         assert trial.user_attrs["space"] == space.sha256
         assert trial.user_attrs["run"] == "run"
+        (over,) = trial.constraints.values()
+        most = load_plan(run / "plan.json").budget_bytes
+        assert over == trial.user_attrs["bytes"] - most <= 0
 
 
 def test_losses_are_those_of_the_plan(run, study):
