@@ -70,7 +70,7 @@ $(STAMP): pyproject.toml requirements/constraints.txt requirements/embedded.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt --editable '.[dev,gguf,torchao]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt --editable '.[dev,gguf,postgresql,torchao]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/embedded.txt
 	touch $(STAMP)
 
