@@ -95,7 +95,9 @@ def search(
     trials: Annotated[
         int | None, typer.Option(help="Most evaluations (as read 600 sequences if no cap).")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Most forward tokens.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of statistics, dense model and search together.")
+    ] = None,
     time: Annotated[str | None, typer.Option(help="Longest search, such as 5m.")] = None,
     executor: Annotated[str, typer.Option(help="in-process or ray.")] = "in-process",
     workers: Annotated[int, typer.Option(help="Ray workers; at most half the window.")] = 1,
@@ -168,7 +170,7 @@ def search(
 def resume(
     run: Annotated[str, typer.Argument(help="Run folder, or its name in the runs folder.")],
     trials: Annotated[int | None, typer.Option(help="New cap of evaluations.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="New cap of forward tokens.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="New cap of tokens.")] = None,
     time: Annotated[str | None, typer.Option(help="New time limit of the search.")] = None,
     executor: Annotated[str | None, typer.Option(help="in-process or ray.")] = None,
     workers: Annotated[int | None, typer.Option(help="Ray workers.")] = None,
