@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # toy_measure, also for tests one folder down
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks" / "anchors"))  # run, records
 
 
 @pytest.fixture(scope="session")

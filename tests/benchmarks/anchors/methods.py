@@ -11,12 +11,12 @@ from allocator.searches.evolution import Evolution
 from allocator.searches.evolution_options import EvolutionOptions
 from allocator.searches.model_guided import ModelGuided
 from allocator.searches.random_search import RandomSearch
-from allocator.searches.surrogate_nsga2 import SurrogateNSGA2
+from allocator.searches.surrogate_nsga2 import SurrogateNSGA2, SurrogateNSGA2Options
 from allocator.searches.tpe import TPE
 from allocator.solvers.dynamic import DynamicProgram
 from objectives.sensitivity import SCORERS, ScoringContext
 from objectives.sensitivity.importance import ImportanceScorer
-from search_spaces.space import Assignment
+from search_spaces.space import Assignment, SearchSpace
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,18 @@ class OneShot:
     scorer: str
     rule: str = "solver"
 
-    def plan(self, context: ScoringContext, setting: SearchSetting) -> Assignment:
-        """The plan within the setting's budget."""
-        scorer = SCORERS[self.scorer]()
-        budget = setting.problem.budget_bytes
+    @property
+    def reads(self) -> Callable:
+        """What the plan is made of: the scorer's importances where its ratios rule, or losses."""
+        return importances if self.rule == "published" else table
+
+    def plan(self, scores, setting: SearchSetting, space: SearchSpace) -> Assignment:
+        """The plan within the setting's budget, from what was read."""
         if self.rule == "published":
+            scorer = SCORERS[self.scorer]()
             assert isinstance(scorer, ImportanceScorer)
-            return published_plan(scorer, scorer.importances(context), context.space, budget)
-        problem = replace(setting.problem, losses=table(context, self.scorer))
+            return published_plan(scorer, scores, space, setting.problem.budget_bytes)
+        problem = replace(setting.problem, losses=scores)
         if self.rule == "cut":
             return cut_assignment(problem)
         return DynamicProgram().solve(problem).choice
@@ -63,18 +67,43 @@ def table(context: ScoringContext, scorer: str):
     return tuple(np.array([next(losses) for _ in menu]) for menu in menus)
 
 
+def importances(context: ScoringContext, scorer: str):
+    """(num_units,) importances of a scorer."""
+    found = SCORERS[scorer]()
+    assert isinstance(found, ImportanceScorer)
+    return found.importances(context)
+
+
 def evolution(
-    kind: str, length: int, *, same_size_only: bool
+    kind: str, length: int, *, same_size_only: bool, rescaled: bool = True
 ) -> Callable[[SearchSetting, int], Search]:
-    """EvoPress, its published schedule rescaled to so many batches of sequences of a length."""
+    """EvoPress, its published schedule rescaled to so many batches of sequences, or cut off."""
 
     def make(setting: SearchSetting, num_batches: int) -> Search:
         batch_tokens = setting.batch_sequences * length
-        published = EvolutionOptions.published(kind, tokens_per_batch=batch_tokens)
-        options = replace(published.rescaled(num_batches), same_size_only=same_size_only)
-        return Evolution(setting, replace(options, num_generations=None))
+        options = EvolutionOptions.published(kind, tokens_per_batch=batch_tokens)
+        options = options.rescaled(num_batches) if rescaled else options
+        options = replace(options, same_size_only=same_size_only, num_generations=None)
+        return Evolution(setting, options)
 
     return make
+
+
+def whole_front(setting: SearchSetting, num_candidates: int) -> Search:
+    """AMQ as published, its 10,250 candidates rescaled to so many.
+
+    A fifth of them is drawn before anything is predicted, since a fortieth, as published, would be
+    a handful; the rest is measured in four times as many rounds as a round has candidates.
+    """
+    published = SurrogateNSGA2Options.published()
+    num_initial = min(published.num_initial, num_candidates // 5)
+    each = max(1, round(((num_candidates - num_initial) / 4) ** 0.5))
+    options = replace(
+        published,
+        num_initial=num_initial,
+        num_candidates=min(published.num_candidates, each),
+    )
+    return SurrogateNSGA2(setting, options)
 
 
 DEAR = (
@@ -84,16 +113,24 @@ DEAR = (
 )
 """One-shots that read many times the tokens of a small budget."""
 
-ON_REQUEST = ("evolution B, 10 x tokens", "model_guided, no slopes")
+ON_REQUEST = (
+    "amq, whole front",
+    "evolution B, truncated",
+    "evolution B, 10 x tokens",
+    "model_guided, no slopes",
+)
+"""Searches that answer questions of their own."""
 
 
 def searches(kind: str, length: int) -> dict[str, Searched]:
     """The searches of the table; ``kind`` is ``bits`` or ``sparsity``.
 
-    Those ``ON_REQUEST`` answer questions of their own: what ten times the tokens buy EvoPress, and
-    what ``model_guided`` is without slopes.
+    Those ``ON_REQUEST`` tell what AMQ is with its published options, what EvoPress is with its
+    published schedule cut off and with ten times the tokens, and ``model_guided`` without slopes.
     """
     free = evolution(kind, length, same_size_only=False)
+    cut = evolution(kind, length, same_size_only=False, rescaled=False)
+    tpe = Searched(lambda setting, batches: TPE(setting), prior="relative_error")
     guided = Searched(
         lambda setting, batches: ModelGuided(setting),
         prior="blend",
@@ -102,10 +139,13 @@ def searches(kind: str, length: int) -> dict[str, Searched]:
     blind = replace(guided, make=lambda s, batches: ModelGuided(replace(s, slopes=False)))
     return {
         "random": Searched(lambda setting, batches: RandomSearch(setting)),
-        "tpe": Searched(lambda setting, batches: TPE(setting), prior="relative_error"),
+        "tpe": tpe,
+        "tpe, blend": replace(tpe, prior="blend"),
         "amq": Searched(lambda setting, batches: SurrogateNSGA2(setting)),
+        "amq, whole front": Searched(whole_front),
         "evolution A": Searched(evolution(kind, length, same_size_only=True), feasible="A"),
         "evolution B": Searched(free),
+        "evolution B, truncated": Searched(cut),
         "evolution B, 10 x tokens": Searched(free, multiple=10),
         "model_guided": guided,
         "model_guided, no slopes": blind,

@@ -13,8 +13,8 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from lab import SPACES, Lab, lab_parser
 from methods import Searched
-from run import SPACES, Lab, lab_parser
 
 from allocator.searches import descent
 from allocator.searches.model_guided import ModelGuided

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from run import SPACES, Lab, lab_parser
+from lab import SPACES, Lab, lab_parser
 from scipy.stats import spearmanr
 
 from allocator.searches.local_table import LocalTable
