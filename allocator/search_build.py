@@ -129,7 +129,7 @@ def with_samples(
     """The setting with samples of the weights' importances, if a search of that name reads them.
 
     Raises:
-        ValueError: The space has caches, or inputs that cannot be observed.
+        ValueError: Inputs of a unit cannot be observed.
     """
     if not needs_importances(name):
         return setting

@@ -31,6 +31,7 @@ from allocator.run_texts import (
     record_weighing,
     text_record,
 )
+from allocator.searches import refuse_caches
 from allocator.tables import TableStore
 from allocator.warm_start import read_warm_start
 from objectives.calibration import SPLITS, Calibration
@@ -74,14 +75,17 @@ def check_start(config: RunConfig, folder: RunFolder) -> tuple[SearchSpace, Budg
     """Refuse what can be refused before the model is loaded; else the space and the budget.
 
     Raises:
-        ValueError: As :func:`price`, or the folder already holds a run.
+        ValueError: As :func:`price`, the folder already holds a run, or its search cannot serve
+            the space.
     """
     if folder.begun:
         raise ValueError(
             f"the run folder {folder.path} already holds a run: continue it with "
             f"'allocator resume {folder.path}' or choose another name with --name"
         )
-    return price(config)
+    space, budget = price(config)
+    refuse_caches(config.search.name, space)
+    return space, budget
 
 
 @contextmanager

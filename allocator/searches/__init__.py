@@ -17,6 +17,7 @@ from allocator.searches.random_search import RandomSearch
 from allocator.searches.surrogate_nsga2 import SurrogateNSGA2
 from allocator.searches.tpe import TPE
 from search_spaces.registry import Registry
+from search_spaces.space import SearchSpace
 
 _SEQUENCES = 4  # of an evaluation, where a search has no wish of its own
 
@@ -66,6 +67,20 @@ def needs_importances(name: str) -> bool:
     """Whether a search, or any of several, reads samples of the weights' importances."""
     searches = (SEARCHES[part] for part in search_names(name))
     return any(getattr(search, "needs_importances", False) for search in searches)
+
+
+def refuse_caches(name: str, space: SearchSpace) -> None:
+    """Refuse a space with caches for a search, or any of several, that reads weights.
+
+    Raises:
+        ValueError: There is a cache, which has none.
+    """
+    for part in search_names(name):
+        if space.has_caches and needs_importances(part):
+            raise ValueError(
+                f"search {part} reads the weights of every unit, and caches in this space have "
+                "none; search the weights alone or take another search"
+            )
 
 
 def make_search(name: str, setting: SearchSetting) -> Search:

@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from unittest.mock import patch
 
 import numpy as np
 import pytest
-from cli_runs import MODEL, TEXT, allocator, records, search, succeed
+from cli_runs import MODEL, TEXT, allocator, records, search, search_arguments, succeed
 
 from allocator.budget import resolve_budget
 from allocator.config import load_config
@@ -174,3 +175,14 @@ def test_apply_says_that_caches_are_not_in_it(run, plan, tmp_path, packed):
     if packed:
         size = (tmp_path / "out" / "model.packed.safetensors").stat().st_size
         assert size == plan.achieved_bytes - plan.cache_bytes
+
+
+def test_a_search_that_reads_weights_is_refused_before_anything_is_loaded(tmp_path):
+    path = tmp_path / "space.yaml"
+    path.write_text(SPACE)
+    wish = {"space": path, "budget": "35%", "context": CONTEXT, "search": "tpe,formula"}
+    with patch("allocator.session.BenchPool.load", side_effect=AssertionError("loaded")):
+        result = allocator(*search_arguments(runs=tmp_path / "runs", name="run", **wish))
+    assert result.code != 0
+    assert "search formula reads the weights of every unit, and caches" in result.err
+    assert not (tmp_path / "runs" / "run").exists()
