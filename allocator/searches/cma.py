@@ -2,19 +2,24 @@
 
 Each generation is drawn from a normal distribution whose mean and covariance follow the better half
 of the generation before. What it adapts are the multipliers of the reduced space: continuous
-priorities, of which the solver makes assignments within the budget.
+priorities, of which the solver makes assignments within the budget. Of what others measured, the
+best so far join the generation that is under way; all of it would drown what the distribution
+learns of itself.
 
-Hansen, "The CMA evolution strategy: a tutorial", arXiv 1604.00772.
+Hansen, "The CMA evolution strategy: a tutorial", arXiv 1604.00772; "Injecting external solutions
+into CMA-ES", arXiv 1110.4181.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from allocator.searches.base import SearchSetting
 from allocator.searches.reduced import ReducedOptions, ReducedSpace
 from allocator.searches.sampled import Sampled
+from search_spaces.space import Assignment
 
 if TYPE_CHECKING:
     import optuna
@@ -50,18 +55,37 @@ class CMA(Sampled):
     """
 
     name: ClassVar[str] = "cma"
+    _has_generations: ClassVar[bool] = True
 
     def __init__(self, setting: SearchSetting, options: CMAOptions = _DEFAULTS) -> None:
+        space = ReducedSpace.from_setting(setting, options)
+        usual = 4 + math.floor(3 * math.log(max(len(space.axes), 1)))
+        population = usual if options.population is None else options.population
         super().__init__(
             setting,
-            ReducedSpace.from_setting(setting, options),
-            lambda: _sampler(setting.seed, options.population),
+            space,
+            lambda: _sampler(setting.seed, population),
             remeasure_every=options.remeasure_every,
         )
+        self._population = population
+
+    def _worth_learning(self, foreign: list[Assignment]) -> list[Assignment]:
+        """What is better than every trial, at most a generation of it.
+
+        The worst comes first, for Optuna's sampler counts no trial to a generation before it has
+        seen one.
+        """
+        losses = {assignment: self._ledger.adjusted(assignment)[0] for assignment in self._ledger}
+        least = min((losses[a] for a in losses if a in self._points), default=math.inf)
+        better = sorted((a for a in foreign if losses[a] < least), key=losses.__getitem__)
+        return better[: self._population][::-1]
 
 
-def _sampler(seed: int, population: int | None) -> optuna.samplers.CmaEsSampler:
-    """Optuna's sampler; it starts at the DP plan with a third of the log range as deviation."""
+def _sampler(seed: int, population: int) -> optuna.samplers.CmaEsSampler:
+    """Optuna's sampler; it starts at the DP plan with a third of the log range as deviation.
+
+    Those two and restarts are deprecated options, which must not be passed.
+    """
     import optuna
 
     return optuna.samplers.CmaEsSampler(
@@ -70,4 +94,9 @@ def _sampler(seed: int, population: int | None) -> optuna.samplers.CmaEsSampler:
         warn_independent_sampling=False,
         seed=seed,
         popsize=population,
+        consider_pruned_trials=False,
+        use_separable_cma=False,
+        with_margin=False,
+        lr_adapt=False,
+        source_trials=None,
     )

@@ -9,6 +9,9 @@ NeurIPS 2024. The population, rates and selection of its runs are not published:
 drawn from the best formulas so far, stages are crossed and one part is mutated. Signs, the mapper's
 spread and whether blocks or single units get a ratio are searched too. Ratios become assignments
 within the byte budget by :func:`~allocator.ratio_plans.nearest_assignment`.
+
+What others measured was given by no formula, so none is learned from it: it may be the best, and it
+says how difficult the text is, but parents are formulas only.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 The problem: whoever does not know the budget yet, or has several, runs a search per budget. Here
 the budget is one more coordinate of the reduced space: a point is a dozen multipliers of the loss
 table and a share of the budget, and decodes to the exact optimum of the multiplied table at that
-many bytes. The population starts from the DP plans at several budgets. What the search returns is
-still the best within the whole budget; the rest is its ``front``.
+many bytes. The DP plans at several budgets are measured first; the population is bred without them,
+since they all have the same multipliers. What the search returns is still the best within the whole
+budget; the rest is its ``front``.
 
 Losses differ a hundredfold along the front, and so does their noise; the ledger, which knows one
 noise, compares them after dividing by what the loss table predicts.
@@ -87,6 +88,7 @@ class NSGA2(Sampled):
     """
 
     name: ClassVar[str] = "nsga2"
+    _has_generations: ClassVar[bool] = True
 
     def __init__(self, setting: SearchSetting, options: NSGAOptions = _DEFAULTS) -> None:
         space = FrontSpace.from_setting(setting, options)
@@ -103,7 +105,6 @@ class NSGA2(Sampled):
         self._share = space.lowest < 0
         self._transfer_every = options.transfer_every
         self._costs: dict[Assignment, list[float]] = {}
-        self._points: dict[Assignment, tuple[float, ...]] = {}
         self._moved: set[tuple[float, ...]] = set()
         self._ledger = ScaledLedger(setting)
 
@@ -125,13 +126,17 @@ class NSGA2(Sampled):
     def notes(self) -> dict[str, float]:
         """The size of the front and its hypervolume.
 
-        The hypervolume is the area, in nats, between the front and its greatest loss, over bytes
-        as a share of the range from the cheapest assignment to the budget, and a tenth beyond; a
-        latency is a share of its own range likewise.
+        The hypervolume is the area, in nats, between the front and a loss that no search chooses,
+        over bytes as a share of the range from the cheapest assignment to the budget, and a tenth
+        beyond; a latency is a share of its own range likewise. That loss is the cheapest DP plan's,
+        which every run measures among its first; before that (or where it cannot be measured) it
+        is that of the setting's last start that was. So the reference is one and the same as the
+        front grows, and in runs on the same problem; it moves only as far as the ledger corrects
+        the difficulty of the text that the plan met.
         """
-        front = self.front
-        if not front:
-            return {"num_front": 0.0, "hypervolume_nats": 0.0}
+        front, reference_loss = self.front, self._reference_loss()
+        if reference_loss is None:
+            return {"num_front": float(len(front)), "hypervolume_nats": 0.0}
         problem = self._setting.problem
         costs: list[tuple[float, float]] = [(problem.least_bytes, problem.budget_bytes)]
         if self._latency:
@@ -140,8 +145,17 @@ class NSGA2(Sampled):
         points = np.array([self._values(point.assignment) for point in front])
         for column, (low, high) in enumerate(costs, start=1):
             points[:, column] = (points[:, column] - low) / max(high - low, 1e-12)
-        reference = np.array([points[:, 0].max(), *[1 + _BEYOND] * len(costs)])
+        reference = np.array([reference_loss, *[1 + _BEYOND] * len(costs)])
         return {"num_front": float(len(front)), "hypervolume_nats": hypervolume(points, reference)}
+
+    def _reference_loss(self) -> float | None:
+        """The loss beyond which a point adds nothing to the hypervolume."""
+        cheapest = self._space.decode(np.array(self._space.seeds[-1]))
+        measured = set(self._ledger)
+        for assignment in (cheapest, *reversed(self._setting.starts)):
+            if assignment in measured:
+                return self._ledger.adjusted(assignment)[0]
+        return None
 
     def _values(self, assignment: Assignment) -> list[float]:
         if assignment not in self._costs:
@@ -166,9 +180,7 @@ class NSGA2(Sampled):
 
     def _wait_for(self, trial: optuna.trial.Trial, proposal: Proposal) -> None:
         super()._wait_for(trial, proposal)
-        point = tuple(trial.params[axis.name] for axis in self._space.axes)
-        self._points.setdefault(proposal.assignment, point)
-        if point[-1] == 0.0:
+        if (point := self._point(trial))[-1] == 0.0:
             self._moved.add(point)
 
     def _promising(self) -> Sequence[Assignment]:
@@ -204,12 +216,15 @@ class NSGA3(NSGA2):
         while math.comb(divisions + num_objectives, num_objectives - 1) <= population:
             divisions += 1
         return optuna.samplers.NSGAIIISampler(
-            seed=seed, dividing_parameter=divisions, **_breeding(population)
+            seed=seed,
+            reference_points=None,
+            dividing_parameter=divisions,
+            **_breeding(population),
         )
 
 
 def _breeding(population: int) -> dict[str, Any]:
-    """How either sampler makes a generation of the one before."""
+    """How either sampler makes a generation of the one before; ``None`` is its own strategy."""
     import optuna
 
     return {
@@ -218,6 +233,10 @@ def _breeding(population: int) -> dict[str, Any]:
         "mutation_prob": None,
         "crossover": optuna.samplers.nsgaii.BLXAlphaCrossover(alpha=0.5),
         "crossover_prob": 0.9,
+        "swapping_prob": 0.5,  # of a crossover that is not used
+        "elite_population_selection_strategy": None,
+        "child_generation_strategy": None,
+        "after_trial_strategy": None,
     }
 
 
@@ -267,6 +286,18 @@ class FrontSpace:
             return self.reduced.decode(point)
         budget = round(self.reduced.budget_bytes * math.exp(point[-1]))
         return self.reduced.decode(point[:-1], max(budget, self.reduced.least_bytes))
+
+    def encode(self, assignment: Assignment) -> tuple[float, ...] | None:
+        """The point of multipliers that decodes to nearly an assignment at its own bytes."""
+        if self.lowest == 0:
+            return self.reduced.encode(assignment)
+        rows = zip(self.reduced.bytes, assignment, strict=True)
+        spent = sum(int(cost[option]) for cost, option in rows)
+        if not 0 < spent <= self.reduced.budget_bytes:
+            return None
+        factors = self.reduced.encode(assignment, spent)
+        share = max(math.log(spent / self.reduced.budget_bytes), self.lowest)
+        return None if factors is None else (*factors, share)
 
 
 class ScaledLedger(Ledger):

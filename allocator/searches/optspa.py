@@ -4,8 +4,10 @@ The space as published: contiguous groups of layers, each with a ratio within 0.
 five steps (in fine mode one per group and projection class), and a level of the KV cache for each
 group. Published code draws ratios freely and throws away the third of all trials that misses the
 target; here every point is moved onto the budget by one common shift of the ratios
-(:func:`~allocator.ratio_plans.nearest_assignment`), so no trial is wasted and none leaves bytes
-that whole options could use. No loss table is used: it is there to compare with.
+(:func:`~allocator.ratio_plans.nearest_assignment`), so no trial is wasted. What is nearest to the
+ratios may leave bytes that a single larger option would fit into; they are left, since filling them
+would take a unit off its group's ratio. Neither a loss table nor what others measured is used: it
+is there to compare with.
 
 LMM adaptive sparsity with KV-cache compression, "Optspa", ICME 2025.
 """
@@ -144,7 +146,7 @@ class GroupSpace:
         return (tuple(a.high if units[0] in self.caches else 0.0 for a, units in steered),)
 
     def decode(self, point: NDArray[np.float64]) -> Assignment:
-        """Caches at their levels, lowered where the weights would not fit; weights fill the rest.
+        """Caches at their levels, lowered where the weights would not fit; weights get the rest.
 
         Args:
             point: (num_axes,) deviations from the target, positive where more is removed; levels
@@ -167,6 +169,10 @@ class GroupSpace:
             for unit, option in zip(weights, found, strict=True):
                 choice[unit] = option
         return tuple(choice)
+
+    def encode(self, assignment: Assignment) -> tuple[float, ...] | None:
+        """``None``: the baseline learns from its own trials only, as published."""
+        return None
 
     def _lower_caches(self, choice: list[int], weights: list[int]) -> int:
         """Lower the dearest cache until the cheapest weights fit beside; the caches' bytes."""

@@ -1,8 +1,10 @@
-"""Several searches on one budget, each learning from what all of them measure.
+"""Several searches on one budget, each told what all of them measure.
 
 The problem: which search is best depends on the space and on how much may be measured, and that is
 known afterwards. Searches take turns proposing; every result is told to all of them. What one asks
-that another has had measured is answered at once and costs nothing.
+that another has had measured is answered at once and costs nothing. Each learns what it can:
+Optuna's samplers on multipliers from assignments that some multipliers nearly give, cma and gp from
+the best of those; formula, optspa and random only how difficult the text is and what the best is.
 """
 
 from __future__ import annotations

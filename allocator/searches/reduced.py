@@ -5,6 +5,9 @@ in common: a whole projection class, or the early blocks, matter more than the t
 log factor per kind and one per depth band (7 kinds and 4 bands: 11 numbers) multiply the losses of
 a unit by ``exp(factor of its kind + factor of its band)``, and the DP chooses the options. Every
 point decodes to an assignment within the budget, and zero decodes to the DP plan.
+
+There is a way back for assignments that come from elsewhere. It is taken only where the point found
+decodes to nearly the same assignment: what was measured is then said of the point as well.
 """
 
 from __future__ import annotations
@@ -15,12 +18,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from allocator.problem import Losses
+from allocator.problem import Costs, Losses
 from allocator.searches.base import SearchSetting
+from allocator.searches.multiplier_fit import fit_multipliers
 from allocator.searches.repair import check_setting
 from allocator.searches.sampled import Axis
 from allocator.solvers.dynamic import Oracle
 from search_spaces.space import Assignment
+
+_MOST_MOVED = 0.05  # share of an assignment's bytes that its point may put elsewhere
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class ReducedSpace:
 
     Attributes:
         oracle: The exact solver for the menus' bytes.
+        bytes: For each unit the bytes of its options.
         losses: The loss table that is multiplied.
         budget_bytes: Most bytes of an assignment.
         factors: Names of the factors, ``kind NAME`` and ``band INDEX``; empty when there is
@@ -63,6 +70,7 @@ class ReducedSpace:
     """
 
     oracle: Oracle
+    bytes: tuple[Costs, ...]
     losses: tuple[Losses, ...]
     budget_bytes: int
     factors: tuple[str, ...]
@@ -98,6 +106,7 @@ class ReducedSpace:
         oracle = Oracle(problem.bytes)
         return cls(
             oracle=oracle,
+            bytes=problem.bytes,
             losses=problem.losses,
             budget_bytes=problem.budget_bytes,
             factors=factors,
@@ -130,3 +139,29 @@ class ReducedSpace:
         solution = self.oracle.solve(losses, budget)
         assert solution.choice, "the setting's starts fit the budget, so the problem is feasible"
         return solution.choice
+
+    def encode(
+        self, assignment: Assignment, budget_bytes: int | None = None
+    ) -> tuple[float, ...] | None:
+        """The point that decodes to nearly an assignment.
+
+        Args:
+            assignment: Option index of each unit.
+            budget_bytes: Another budget than the setting's to decode at.
+
+        Returns:
+            (num_factors,), or ``None`` where even the nearest point found puts more than a
+            twentieth of the assignment's bytes elsewhere.
+        """
+        fitted = fit_multipliers(self.bytes, self.losses, self.members, assignment)
+        point = np.clip(fitted, -self.log_range, self.log_range)
+        decoded = self.decode(point, budget_bytes)
+        pairs = [
+            (int(cost[i]), int(cost[j]))
+            for cost, i, j in zip(self.bytes, assignment, decoded, strict=True)
+        ]
+        # what moves is counted where it is missed and where it is added
+        moved = sum(abs(wanted - found) for wanted, found in pairs) / 2
+        if moved > _MOST_MOVED * sum(wanted for wanted, _ in pairs):
+            return None
+        return tuple(map(float, point))

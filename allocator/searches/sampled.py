@@ -4,8 +4,11 @@ The problem: samplers gain nothing in hundreds of raw coordinates, and most of w
 breaks the budget. Here they draw points of a small space whose decoder keeps the budget, and Optuna
 serves as a library of samplers: one study in memory, asked and told, never the store of record;
 replaying the history rebuilds it. What a trial is told is its loss with the difficulty of its
-sequences removed, as far as it is known by then. Every few asks what looks best is measured once
-more on text it has not met, so that an assignment which was merely lucky does not stay the best.
+sequences removed, as far as it is known by then. What others measured (an earlier run, the other
+searches of a portfolio) becomes trials too, where the space finds the point that it stands for;
+before the next proposal, so that its loss is adjusted by all that was told with it. Every few asks
+what looks best is measured once more on text it has not met, so that an assignment which was merely
+lucky does not stay the best.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +72,15 @@ class PointSpace(Protocol):
         """
         ...
 
+    def encode(self, assignment: Assignment) -> tuple[float, ...] | None:
+        """A point that decodes to an assignment, or nearly.
+
+        Returns:
+            In the order of ``axes``; ``None`` where no point is near enough that the assignment's
+            loss could be taken for the point's.
+        """
+        ...
+
 
 class Sampled:
     """Ask/tell over one of Optuna's samplers; each search is this with a space and a sampler.
@@ -81,8 +93,11 @@ class Sampled:
         remeasure_every: Every so many asks the best so far is measured on further sequences;
             0 never does.
         num_objectives: How many numbers :meth:`_values` gives.
-        most_trials: The search ends after so many trials.
+        most_trials: The search ends after so many trials of its own.
     """
+
+    _has_generations: ClassVar[bool] = False
+    """Whether the sampler breeds generations, instead of modelling all trials there are."""
 
     def __init__(
         self,
@@ -105,6 +120,9 @@ class Sampled:
         for seed in space.seeds if space.axes else ():
             self._seeds.setdefault(space.decode(np.array(seed)), seed)
         self._trials: dict[Proposal, deque[optuna.trial.Trial]] = {}
+        self._points: dict[Assignment, tuple[float, ...]] = {}  # of what has a trial
+        self._foreign: dict[Assignment, None] = {}  # told since the last ask, in that order
+        self._met = {*setting.starts, *self._seeds}
         self._asked: set[Proposal] = set()
         self._starts = list(dict.fromkeys(setting.starts))
         self._num_asks = 0
@@ -114,6 +132,7 @@ class Sampled:
 
     def ask(self, count: int, pending: Collection[Assignment]) -> list[Proposal]:
         """``count`` proposals; fewer where there is no choice or all is decoded again."""
+        self._learn_from_others()
         proposals: list[Proposal] = []
         while len(proposals) < count and self._has_more():
             proposal = self._propose_start() or self._propose_again() or self._propose_new()
@@ -132,6 +151,8 @@ class Sampled:
             proposal = Proposal(evaluation.assignment, evaluation.fidelity)
             waiting = self._trials.get(proposal)
             if not waiting:
+                if evaluation.ok and evaluation.assignment not in self._met:
+                    self._foreign[evaluation.assignment] = None
                 continue
             trial = waiting.popleft()
             if evaluation.ok:
@@ -147,6 +168,40 @@ class Sampled:
     def _values(self, assignment: Assignment) -> list[float]:
         """What the sampler is to minimise."""
         return [self._ledger.adjusted(assignment)[0]]
+
+    def _learn_from_others(self) -> None:
+        """Make trials of what was told without being asked for, where it has a point."""
+        foreign = [assignment for assignment in self._foreign if assignment not in self._met]
+        self._foreign.clear()
+        if not self._space.axes:
+            return
+        for assignment in self._worth_learning(foreign):
+            point = self._space.encode(assignment)
+            if point is not None:
+                self._points[assignment] = point
+                self._add_trial(point, self._values(assignment))
+        self._met.update(foreign)
+
+    def _worth_learning(self, foreign: list[Assignment]) -> list[Assignment]:
+        """What the sampler is to learn from, in this order."""
+        return foreign
+
+    def _add_trial(self, point: tuple[float, ...], values: list[float]) -> None:
+        """A finished trial that the sampler did not draw."""
+        import optuna
+
+        if self._has_generations:
+            asked = self._ask_study(point)
+            self._join_generation(asked)
+            self._study.tell(asked, values)
+            return
+        names = (axis.name for axis in self._space.axes)
+        trial = optuna.trial.create_trial(
+            params=dict(zip(names, point, strict=True)),
+            distributions=self._distributions,
+            values=values,
+        )
+        self._study.add_trial(trial)
 
     def _promising(self) -> Sequence[Assignment]:
         """What is worth measuring on more text, the first first."""
@@ -186,11 +241,12 @@ class Sampled:
         if self._seeds:
             trial = self._ask_study(self._seeds.pop(next(iter(self._seeds))))
         else:
-            trial = self._ask_study(self._wished())
-        point = tuple(trial.params[axis.name] for axis in self._space.axes)
-        proposal = Proposal(
-            self._space.decode(np.array(point)), self._setting.fidelity(trial.number)
-        )
+            wished = self._wished()
+            trial = self._ask_study(wished)
+            if wished is not None:
+                self._join_generation(trial)
+        assignment = self._space.decode(np.array(self._point(trial)))
+        proposal = Proposal(assignment, self._setting.fidelity(self._num_trials))
         self._wait_for(trial, proposal)
         return proposal
 
@@ -203,11 +259,25 @@ class Sampled:
         if point is not None:
             names = (axis.name for axis in self._space.axes)
             self._study.enqueue_trial(dict(zip(names, point, strict=True)))
-        self._num_trials += 1
         return self._study.ask(self._distributions)
 
+    def _join_generation(self, trial: optuna.trial.Trial) -> None:
+        """Count a trial at a given point to the generation that is being drawn.
+
+        Optuna's samplers do so when they are asked for parameters, which at a given point they are
+        not. Seeds stay outside: points that are alike narrow a population.
+        """
+        if self._has_generations:
+            _ = trial.relative_params
+
     def _wait_for(self, trial: optuna.trial.Trial, proposal: Proposal) -> None:
+        self._num_trials += 1
+        self._met.add(proposal.assignment)
+        self._points.setdefault(proposal.assignment, self._point(trial))
         self._trials.setdefault(proposal, deque()).append(trial)
+
+    def _point(self, trial: optuna.trial.Trial) -> tuple[float, ...]:
+        return tuple(trial.params[axis.name] for axis in self._space.axes)
 
 
 def _distributions(axes: Sequence[Axis]) -> dict[str, optuna.distributions.BaseDistribution]:

@@ -1,8 +1,9 @@
 """Optuna's TPE on a reduced space: a dozen multipliers on the loss table, decoded by the DP.
 
 TPE ranks what it has seen, models the densities of the good and of the other points and proposes
-where their ratio is greatest. Multivariate, because multipliers act together; unfinished trials
-count as bad ones, which spreads a window's proposals.
+where their ratio is greatest. Multivariate, because multipliers act together, and grouped, which
+for trials of the same coordinates is one group; unfinished trials count as bad ones, which spreads
+a window's proposals.
 
 Watanabe, "Tree-structured Parzen estimator", arXiv 2304.11127.
 """
@@ -71,7 +72,15 @@ class TPE(Sampled):
 def tpe_sampler(
     seed: int, *, multivariate: bool, num_startup_trials: int, num_ei_candidates: int
 ) -> optuna.samplers.TPESampler:
-    """Optuna's sampler with everything said that its versions default differently."""
+    """Optuna's sampler with everything said that it does not deprecate.
+
+    Args:
+        seed: Of its generator.
+        multivariate: Model the coordinates together, in groups of those that trials share;
+            ``False`` for each on its own.
+        num_startup_trials: Finished trials before it models anything.
+        num_ei_candidates: Points drawn for each proposal.
+    """
     import optuna
 
     return optuna.samplers.TPESampler(
@@ -79,6 +88,6 @@ def tpe_sampler(
         n_ei_candidates=num_ei_candidates,
         seed=seed,
         multivariate=multivariate,
-        group=False,
+        group=multivariate,
         constant_liar=True,
     )

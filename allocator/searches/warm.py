@@ -2,7 +2,8 @@
 
 The problem: a second run on the same model and text, with another seed, search or a larger budget,
 measures again what the first one knows. Told to the search before it starts, those measurements are
-part of its archive, its surrogate or its choice of a parent, and their best is its best so far.
+part of its archive, its surrogate, its sampler's trials or its choice of a parent, as far as it has
+words for them (:mod:`allocator.searches.portfolio` says which), and their best is its best so far.
 """
 
 from __future__ import annotations

@@ -69,6 +69,58 @@ def test_hypervolume_grows_and_is_the_area_above_the_front():
     assert notes["hypervolume_nats"] == pytest.approx(area)
 
 
+def test_the_hypervolumes_reference_stays_as_the_front_grows():
+    """Nothing that is added makes it smaller, and better points make it greater."""
+    animal = replace(get_animal("plain"), noise=0.0, effects=np.zeros(32))
+    problem = animal.setting.problem
+    cheapest = DynamicProgram().solve(replace(problem, budget_bytes=problem.least_bytes)).choice
+    text = animal.setting.fidelity(0)
+    ladder = DynamicProgram().solve_many(
+        problem, np.linspace(problem.least_bytes, problem.budget_bytes, 6).astype(int).tolist()[1:]
+    )
+    worse = [plan.choice for plan in ladder]
+    true = replace(problem, losses=animal.truth)
+    better = [
+        DynamicProgram().solve(replace(true, budget_bytes=problem.total_bytes(plan))).choice
+        for plan in worse
+    ]
+    search, other = NSGA2(animal.setting), NSGA2(animal.setting)
+    volumes = []
+    for assignment in (cheapest, *worse, *better):
+        search.tell([animal.measure(assignment, text)])
+        volumes.append(search.notes()["hypervolume_nats"])
+    assert volumes[0] == 0
+    assert (np.diff(volumes) > -1e-3 * volumes[-1]).all()
+    assert volumes[-1] > volumes[len(worse)] > 0
+    other.tell([animal.measure(assignment, text) for assignment in (cheapest, *better)])
+    # another way to the same front; dear points that came first took nothing from it
+    assert other.notes()["hypervolume_nats"] == pytest.approx(volumes[-1], rel=0.01)
+
+
+def test_before_the_cheapest_was_measured_a_start_is_the_reference():
+    animal = get_animal("plain")
+    search = NSGA2(animal.setting)
+    plan, uniform = animal.setting.starts
+    search.tell([animal.measure(uniform, animal.setting.fidelity(0))])
+    assert search.notes() == {"num_front": 1.0, "hypervolume_nats": 0.0}
+    search.tell([animal.measure(plan, animal.setting.fidelity(0))])
+    assert search.notes()["hypervolume_nats"] >= 0
+
+
+@SEARCHES
+def test_what_is_tried_at_the_whole_budget_is_bred_from_and_the_dp_plans_are_not(make):
+    """Optuna counts an enqueued trial to a generation only where it was asked to draw."""
+    animal = get_animal("plain")
+    search = make(animal.setting, NSGAOptions(num_seeds=5))
+    drive(search, animal.measure, 30)
+    key = f"{type(search._study.sampler).__name__}:generation"
+    generations = [trial.system_attrs.get(key) for trial in search._study.trials]
+    enqueued = ["fixed_params" in trial.system_attrs for trial in search._study.trials]
+    assert generations[:5] == [None] * 5
+    assert None not in generations[5:]
+    assert any(enqueued[5:])
+
+
 def test_latency_is_a_third_objective():
     animal = get_animal("plain")
     problem = animal.setting.problem
