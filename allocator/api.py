@@ -18,6 +18,7 @@ from allocator.pipeline import Outcome, run_pipeline
 from allocator.plan import ModelIdentity, Plan, save_plan
 from allocator.plan_build import PlanFacts, build_plan
 from allocator.reporter import Reporter, Silent
+from allocator.searches import check_options
 from allocator.stage import Stage
 from objectives.function_task import FunctionTask, LossFunction, split_batches
 from objectives.loading import hash_module
@@ -33,7 +34,7 @@ class AllocateOptions:
 
     Attributes:
         space: What may be chosen; a preset's name inside a request.
-        search: Search, scorers, seed, window, batches per evaluation.
+        search: Search with its options, scorers, seed, window, batches per evaluation.
         caps: Where the search stops.
         name: How the plan calls the model.
         reporter: Shown the progress.
@@ -120,9 +121,11 @@ def allocate_task(
         The plan with its baselines, bounds and held-out losses.
 
     Raises:
-        ValueError: The budget cannot be met, or nothing could be measured.
+        ValueError: The budget cannot be met, the search has no such options, or nothing could be
+            measured.
     """
     chosen = options or AllocateOptions()
+    check_options(chosen.search.name, chosen.search.options)
     space = build_space(model, chosen.space)
     resolved = resolve_budget(budget, space)
     identity = ModelIdentity(

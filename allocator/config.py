@@ -113,6 +113,8 @@ class SearchConfig(_Strict):
         batch: Sequences per evaluation; ``None`` for what the search does best with.
         slopes: Whether the search may differentiate the loss, where it can be.
         warm_start: Run or study whose measurements it starts from.
+        options: Of the search by name, of several as ``SEARCH.OPTION``; see
+            :mod:`allocator.searches.options`.
     """
 
     name: str = "model_guided"
@@ -123,6 +125,7 @@ class SearchConfig(_Strict):
     batch: Positive | None = None
     slopes: bool = True
     warm_start: str | None = None
+    options: dict[str, bool | int | float | str] = {}
 
 
 class CapsConfig(_Strict):
@@ -175,6 +178,8 @@ class RunConfig(_Strict):
             del found["measure"]["device_map"]
         if not self.data.also:  # as it was before there could be several texts
             del found["data"]["also"], found["data"]["weights"]
+        if not self.search.options:  # as it was before there could be options
+            del found["search"]["options"]
         return found
 
 

@@ -222,6 +222,7 @@ def _build(
         list(tables.values()),
         records=stage.records,
         reporter=stage.reporter,
+        options=stage.search.options,
     )
 
 

@@ -7,7 +7,7 @@ that only some searches look at. What goes in and what comes out beyond the best
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +19,10 @@ from allocator.bench import Bench
 from allocator.problem import Problem
 from allocator.ratio_plans import removed_ratios
 from allocator.reporter import Reporter
-from allocator.searches import make_search, needs_importances
+from allocator.searches import NO_OPTIONS, make_search, needs_importances
 from allocator.searches.base import FrontPoint, Noting, Search, SearchSetting
 from allocator.searches.local_table import LocalTable
+from allocator.searches.options import Scalar
 from allocator.searches.posterior_sampling import corrected_table
 from allocator.searches.thinning import Kept, Thinned, thinned_setting, undominated, widen
 from allocator.searches.warm import WarmStarted
@@ -83,6 +84,7 @@ def build_search(
     *,
     records: Records,
     reporter: Reporter,
+    options: Mapping[str, Scalar] = NO_OPTIONS,
 ) -> BuiltSearch:
     """The search of a name, or of several with commas between them.
 
@@ -92,6 +94,7 @@ def build_search(
         tables: An option that another one beats in bytes and in all of them is not searched.
         records: The journal; may hold what an earlier run measured.
         reporter: Told how many options are left out.
+        options: Of the search, by name.
     """
     known = inherited_evaluations(records.records)
     always = [*setting.starts, *(e.assignment for e in known)]
@@ -102,7 +105,7 @@ def build_search(
             f"{offered - left:,} of {offered:,} options are left out of the search: another one of "
             f"their unit is no larger and no worse by {', '.join(t.scorer for t in tables)}"
         )
-    inner = make_search(name, thinned_setting(setting, kept))
+    inner = make_search(name, thinned_setting(setting, kept), options)
     search: Search = Thinned(inner, kept)
     if known:
         search = WarmStarted(search, setting, known)

@@ -31,7 +31,7 @@ from allocator.run_texts import (
     record_weighing,
     text_record,
 )
-from allocator.searches import refuse_caches
+from allocator.searches import check_options, refuse_caches
 from allocator.tables import TableStore
 from allocator.warm_start import read_warm_start
 from objectives.calibration import SPLITS, Calibration
@@ -75,9 +75,10 @@ def check_start(config: RunConfig, folder: RunFolder) -> tuple[SearchSpace, Budg
     """Refuse what can be refused before the model is loaded; else the space and the budget.
 
     Raises:
-        ValueError: As :func:`price`, the folder already holds a run, or its search cannot serve
-            the space.
+        ValueError: As :func:`price`, options that the search does not have, the folder already
+            holds a run, or its search cannot serve the space.
     """
+    check_options(config.search.name, config.search.options)
     if folder.begun:
         raise ValueError(
             f"the run folder {folder.path} already holds a run: continue it with "

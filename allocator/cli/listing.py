@@ -13,6 +13,7 @@ from allocator.cli.terminal import console, print_json
 from allocator.executors import EXECUTORS
 from allocator.exporters import EXPORTERS
 from allocator.searches import SEARCHES
+from allocator.searches.options import options_of
 from allocator.solvers import SOLVERS
 from search_spaces.operators import OPERATORS
 from search_spaces.presets import PRESETS
@@ -60,6 +61,14 @@ def _scorers() -> list[dict[str, Any]]:
     return _documented(SCORERS)
 
 
+def _searches() -> list[dict[str, Any]]:
+    options = {
+        name: {key: str(option) for key, option in options_of(SEARCHES[name]).items()}
+        for name in SEARCHES
+    }
+    return [row | {"options": options[row["name"]]} for row in _documented(SEARCHES)]
+
+
 def _ties() -> list[dict[str, Any]]:
     return [{"name": name, "summary": TIES[name].summary} for name in TIES]
 
@@ -69,7 +78,7 @@ _KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "exporters": lambda: _documented(EXPORTERS),
     "operators": _operators,
     "scorers": _scorers,
-    "searches": lambda: _documented(SEARCHES),
+    "searches": _searches,
     "solvers": lambda: _documented(SOLVERS),
     "spaces": _spaces,
     "ties": _ties,
@@ -89,5 +98,12 @@ def list_kinds(
         return
     table = Table(*(key.replace("_", " ") for key in rows[0]))
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(_cell, row.values()))
     console.print(table)
+
+
+def _cell(value: str | dict[str, str]) -> str:
+    """Options as they are written on the command line, with their defaults."""
+    if isinstance(value, str):
+        return value
+    return "\n".join(f"{key}={text}" for key, text in value.items()) or "-"

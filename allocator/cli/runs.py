@@ -16,6 +16,7 @@ from allocator.config import Objective, RunConfig
 from allocator.executors import EXECUTORS
 from allocator.run_folder import existing_run, run_folder
 from allocator.searches import preferred_sequences, search_names
+from allocator.searches.options import parse_options
 from objectives.device_map import DEVICE_MAPS, parse_device_map
 
 if TYPE_CHECKING:
@@ -82,6 +83,9 @@ def search(
     method: Annotated[
         str, typer.Option("--search", help="One or several with commas: 'allocator list searches'.")
     ] = "model_guided",
+    search_option: Annotated[
+        list[str], typer.Option(help="KEY=VALUE of the search: 'allocator list searches'.")
+    ] = [],
     scorer: Annotated[str, typer.Option(help="Loss table that the search starts from.")] = "blend",
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     warm_start: Annotated[
@@ -152,6 +156,7 @@ def search(
             "batch": sequences,
             "slopes": slopes,
             "warm_start": warm_start,
+            "options": parse_options(search_option),
         },
         "caps": _caps(trials, tokens, time, method=method, sequences=sequences),
         "execution": {

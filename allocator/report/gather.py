@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from allocator.budget import Budget
-from allocator.config import MeasureConfig, RunConfig
+from allocator.config import MeasureConfig, RunConfig, SearchConfig
 from allocator.pipeline import Outcome, additive_problem
 from allocator.plan import Plan
 from allocator.plan_build import predicted_loss
@@ -125,11 +125,18 @@ def _settings(config: RunConfig, plan: Plan, memory: dict[str, str]) -> dict[str
         "Precision": f"{measure.dtype} on {_place(measure)}, {measure.threads} threads",
         "Search": f"{search.name}, seed {search.seed}, window {search.window}, "
         f"{search.batch or preferred_sequences(search.name)} sequence(s) per evaluation",
+        **_options(search),
         "Scorers": ", ".join(search.scorers),
         "Limits": "; ".join(limits) or "none",
         "Executor": f"{config.execution.executor}, {config.execution.workers} worker(s)",
         **memory,
     }
+
+
+def _options(search: SearchConfig) -> dict[str, str]:
+    """The search's options, where any is not as usual."""
+    pairs = [f"{key}={value}" for key, value in search.options.items()]
+    return {"Search options": ", ".join(pairs)} if pairs else {}
 
 
 def _place(measure: MeasureConfig) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 from allocator.searches.base import Search, SearchSetting
 from allocator.searches.cma import CMA
@@ -11,6 +13,7 @@ from allocator.searches.formula import FormulaSearch
 from allocator.searches.gp import GP
 from allocator.searches.model_guided import ModelGuided
 from allocator.searches.nsga import NSGA2, NSGA3
+from allocator.searches.options import Scalar, configured, split_options
 from allocator.searches.optspa import Optspa
 from allocator.searches.portfolio import Portfolio
 from allocator.searches.random_search import RandomSearch
@@ -21,8 +24,10 @@ from search_spaces.space import SearchSpace
 
 _SEQUENCES = 4  # of an evaluation, where a search has no wish of its own
 
-SearchFactory = Callable[[SearchSetting], Search]
-"""A search class: made from a setting alone, its options have defaults."""
+NO_OPTIONS: Mapping[str, Scalar] = MappingProxyType({})
+
+SearchFactory = Callable[..., Search]
+"""A search class: made from a setting alone, its options have defaults; see ``options``."""
 
 SEARCHES: Registry[SearchFactory] = Registry(
     "search",
@@ -83,17 +88,36 @@ def refuse_caches(name: str, space: SearchSpace) -> None:
             )
 
 
-def make_search(name: str, setting: SearchSetting) -> Search:
+def check_options(name: str, options: Mapping[str, Scalar]) -> None:
+    """Refuse options that the search of a name, or each of several, does not have.
+
+    Raises:
+        ValueError: An unknown name, an unknown option, or a value that it cannot take.
+    """
+    _parameters(search_names(name), options)
+
+
+def _parameters(names: list[str], options: Mapping[str, Scalar]) -> dict[str, dict[str, Any]]:
+    """What each search is made with besides its setting."""
+    split = split_options(names, options)
+    return {part: configured(part, SEARCHES[part], split[part]) for part in names}
+
+
+def make_search(
+    name: str, setting: SearchSetting, options: Mapping[str, Scalar] = NO_OPTIONS
+) -> Search:
     """The search of a name, or a portfolio of several: ``model_guided,evolution``.
 
     Args:
         name: One name of ``SEARCHES``, or several with commas between them.
         setting: What to search.
+        options: Of the search by name; of several with the search's name before a dot.
 
     Raises:
-        ValueError: An unknown name, one that is given twice, or a setting that a search refuses.
+        ValueError: An unknown name or option, one that is given twice, or a setting that a search
+            refuses.
     """
     names = search_names(name)
-    if len(names) == 1:
-        return SEARCHES[names[0]](setting)
-    return Portfolio([SEARCHES[part](setting) for part in names], setting.num_sequences)
+    made = _parameters(names, options)
+    searches = [SEARCHES[part](setting, **made[part]) for part in names]
+    return searches[0] if len(names) == 1 else Portfolio(searches, setting.num_sequences)

@@ -74,7 +74,9 @@ class EvolutionOptions:
         return sum(count * batches for count, batches in stages) + self.batches[-1]
 
     @classmethod
-    def published(cls, kind: Kind, *, tokens_per_batch: int = 2048) -> EvolutionOptions:
+    def published(
+        cls, kind: Kind, *, tokens_per_batch: int = 2048, num_batches: int | None = None
+    ) -> EvolutionOptions:
         """EvoPress's schedule, of its paper's appendix and example scripts.
 
         Args:
@@ -84,6 +86,11 @@ class EvolutionOptions:
             tokens_per_batch: Tokens of the setting's ``batch_sequences``. Stages get as many
                 batches as are nearest to the published 2048 and more tokens, at least one; in a
                 split shorter than a stage it reads all of it.
+            num_batches: Rescale the whole to so many batches, see :meth:`rescaled`; ``None`` leaves
+                it as long as it was.
+
+        Raises:
+            ValueError: Not a positive number of tokens, or batches that hold no generation.
         """
         if tokens_per_batch < 1:
             raise ValueError(f"expected a positive number of tokens, got {tokens_per_batch}")
@@ -93,7 +100,7 @@ class EvolutionOptions:
             "drop": (160, 32, (2, 1), (2048, 32768), 64),
         }[kind]
         batches = tuple(max(1, round(count / tokens_per_batch)) for count in tokens)
-        return cls(
+        whole = cls(
             num_offspring=offspring,
             survivors=survivors,
             batches=batches,
@@ -102,6 +109,7 @@ class EvolutionOptions:
             num_initial=initial,
             initial_batches=batches[0] if initial else 0,
         )
+        return whole if num_batches is None else whole.rescaled(num_batches)
 
     def rescaled(self, num_batches: int) -> EvolutionOptions:
         """The same evolution in fewer batches: less of everything, in equal parts.

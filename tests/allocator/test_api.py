@@ -102,6 +102,16 @@ def test_ten_lines_compress_a_classifier(model, tmp_path):
     assert load_plan(tmp_path / "plan.json") == plan
 
 
+def test_options_of_the_search_are_checked_before_the_model_is_touched(model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wrong = options("evolution", options={"num_offsprings": 2})
+    with pytest.raises(ValueError, match="did you mean 'num_offspring'"):
+        allocate(model, "4bpw", data=make_batches(), loss=loss, options=wrong)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    right = options("evolution", trials=6, options={"num_offspring": 2})
+    assert allocate(model, "4bpw", data=make_batches(), loss=loss, options=right).plan.search
+
+
 @pytest.mark.parametrize("search", ["model_guided", "random"])
 def test_model_is_left_as_it_was(model, search):
     """Weights, gradients and flags; what is not searched is rounded to 16 bits."""
