@@ -108,6 +108,14 @@ def solved_plan(
     )
 
 
+def unmeasured_plan(
+    space: SearchSpace, budget: Budget, chosen: Assignment, facts: PlanFacts, *, maker: str
+) -> Plan:
+    """The plan of an assignment of which no loss is known, and who made it."""
+    status = f"by {maker}; nothing was measured"
+    return _allocation(space, budget, chosen, facts).model_copy(update={"solver_status": status})
+
+
 def predicted_loss(table: LossTable, assignment: Assignment) -> float:
     """What the additive table says of an assignment, in the table's unit."""
     return float(sum(row[i] for row, i in zip(table.losses, assignment, strict=True)))

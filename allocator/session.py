@@ -131,7 +131,7 @@ def begin(
         text.save(folder.text(number))
     save_space(space, folder.space)
     save_config(config, folder.config)
-    identity = _identity(loaded)
+    identity = identify(loaded)
     header = _header(config, identity, space, text_record(config.data, texts))
     source = config.search.warm_start
     carried = None if source is None else _carry_over(source, space, header, folder, reporter)
@@ -260,7 +260,7 @@ class Session:
             advance = self.reporter.stage("loading model", 1)
             loaded = load_model_for(self.config.model, self.config.measure, self._factory.threads)
             advance(1, "")
-        found, known = _identity(loaded), self.identity
+        found, known = identify(loaded), self.identity
         if (found.weights_sha256, found.config_sha256) != (
             known.weights_sha256,
             known.config_sha256,
@@ -339,7 +339,8 @@ class Session:
         return len(self.texts) * int(self.texts[0].splits["search"].shape[1])
 
 
-def _identity(loaded: LoadedModel) -> ModelIdentity:
+def identify(loaded: LoadedModel) -> ModelIdentity:
+    """What a plan says of a loaded model."""
     return ModelIdentity(
         name=loaded.name,
         architecture=loaded.architecture,

@@ -140,4 +140,5 @@ def test_command_line_is_frozen() -> None:
         "search",
         "show",
         "solve",
+        "transfer",
     }

@@ -18,6 +18,7 @@ from allocator.cli.runs import report, resume, search
 from allocator.cli.solving import solve
 from allocator.cli.studies import export_study_verb
 from allocator.cli.terminal import errors
+from allocator.cli.transferring import transfer_formula
 
 app = typer.Typer(
     name="allocator",
@@ -31,6 +32,7 @@ for command in (search, resume, solve, report, show, evaluate, export, apply):
 app.command("list")(list_kinds)
 app.command("export-study")(export_study_verb)
 app.command("profile")(profile_model)
+app.command("transfer")(transfer_formula)
 
 
 def main() -> None:
