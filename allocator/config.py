@@ -115,6 +115,8 @@ class SearchConfig(_Strict):
         warm_start: Run or study whose measurements it starts from.
         options: Of the search by name, of several as ``SEARCH.OPTION``; see
             :mod:`allocator.searches.options`.
+        latencies: Table of latencies to minimise too, where the search can; the journal keeps what
+            the run needs of it.
     """
 
     name: str = "model_guided"
@@ -126,6 +128,7 @@ class SearchConfig(_Strict):
     slopes: bool = True
     warm_start: str | None = None
     options: dict[str, bool | int | float | str] = {}
+    latencies: str | None = None
 
 
 class CapsConfig(_Strict):
@@ -180,6 +183,8 @@ class RunConfig(_Strict):
             del found["data"]["also"], found["data"]["weights"]
         if not self.search.options:  # as it was before there could be options
             del found["search"]["options"]
+        if self.search.latencies is None:  # as it was before there could be latencies
+            del found["search"]["latencies"]
         return found
 
 

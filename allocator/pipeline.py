@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from allocator.accounts import (
     Records,
@@ -32,6 +33,7 @@ from allocator.search_build import (
     build_search,
     refit,
     warm_starts,
+    with_latencies,
     with_samples,
 )
 from allocator.searches import refuse_caches
@@ -64,6 +66,7 @@ class Outcome:
         spent: Tokens and block-tokens by kind.
         found: What the search says besides its best.
         refit: The run's own table corrected by everything that was measured, where it could be.
+        latency: For each unit the seconds of each option, where the run minimised them.
     """
 
     tables: dict[str, LossTable]
@@ -77,6 +80,7 @@ class Outcome:
     spent: Spent = field(default_factory=lambda: Spent({}, {}))
     found: Found = field(default_factory=lambda: Found({}, "", (), None))
     refit: LossTable | None = None
+    latency: tuple[NDArray[np.float64], ...] = ()
 
 
 def run_pipeline(stage: Stage) -> Outcome:
@@ -128,6 +132,7 @@ def run_pipeline(stage: Stage) -> Outcome:
         found=built.found(),
         refit=_refit(stage, built.setting, history),
         spent=_spent(stage),
+        latency=built.setting.latency,
     )
 
 
@@ -216,6 +221,7 @@ def _build(
     setting = with_samples(
         stage.search.name, setting, stage.space, records=stage.records, bench=stage.bench
     )
+    setting = with_latencies(stage.search.latencies, setting, stage.space, stage.records)
     return build_search(
         stage.search.name,
         setting,

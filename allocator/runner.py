@@ -24,7 +24,6 @@ from allocator.report import write_report
 from allocator.report.gather import gather_view
 from allocator.reporter import Reporter
 from allocator.run_folder import RunFolder, save_losses
-from allocator.search_build import Found
 from allocator.session import Session, begin, reopen, unfinished
 from allocator.solvers.dynamic import DynamicProgram
 from allocator.stage import Stage
@@ -134,22 +133,27 @@ def _write(session: Session, finished: Finished) -> None:
         formula = json.dumps(outcome.found.formula, indent=1) + "\n"
         write_whole(session.folder.path / "formula.json", formula)
     if outcome.found.front:
-        write_whole(session.folder.path / "front.csv", front_csv(session.space, outcome.found))
+        write_whole(session.folder.path / "front.csv", front_csv(session.space, outcome))
     write_whole(session.folder.frontier, frontier_csv(session.space, outcome, session.budget))
     save_plan(finished.plan, session.folder.plan)
     view = gather_view(session.folder, session.config, session.space, outcome, finished.plan)
     write_report(view, session.folder.report)
 
 
-def front_csv(space: SearchSpace, found: Found) -> str:
+def front_csv(space: SearchSpace, outcome: Outcome) -> str:
     """The measured front of a search of several objectives as CSV, with its assignments."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["searched_bytes", "bits_per_weight", "loss_nats", "assignment"])
-    for point in found.front:
+    timed = ["latency_seconds"] if outcome.latency else []
+    writer.writerow(["searched_bytes", "bits_per_weight", "loss_nats", *timed, "assignment"])
+    for point in outcome.found.front:
         bits = f"{space.bits_per_weight(point.bytes):.6g}"
         choice = " ".join(map(str, point.assignment))
-        writer.writerow([point.bytes, bits, f"{point.loss_nats:.6g}", choice])
+        cells = [point.bytes, bits, f"{point.loss_nats:.6g}"]
+        if outcome.latency:
+            rows = zip(outcome.latency, point.assignment, strict=True)
+            cells.append(f"{sum(float(row[option]) for row, option in rows):.6g}")
+        writer.writerow([*cells, choice])
     return text.getvalue()
 
 

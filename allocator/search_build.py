@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from allocator.accounts import Records, inherited_evaluations
 from allocator.bench import Bench
+from allocator.latencies import load_latencies
 from allocator.problem import Problem
 from allocator.ratio_plans import removed_ratios
 from allocator.reporter import Reporter
@@ -98,7 +100,7 @@ def build_search(
     """
     known = inherited_evaluations(records.records)
     always = [*setting.starts, *(e.assignment for e in known)]
-    kept = undominated(setting.problem, tables, always)
+    kept = undominated(setting.problem, tables, always, setting.latency)
     offered, left = (sum(map(len, rows)) for rows in (setting.problem.bytes, kept))
     if left < offered:
         reporter.note(
@@ -145,6 +147,24 @@ def with_samples(
         records.append({"type": "importances", "samples": recorded})
     samples = tuple(np.array(row, float) for row in recorded)
     return replace(setting, importances=samples, removed=tuple(removed_ratios(space)))
+
+
+def with_latencies(
+    source: str | None, setting: SearchSetting, space: SearchSpace, records: Records
+) -> SearchSetting:
+    """The setting with every option's latency, if the run minimises it; the journal keeps them.
+
+    Raises:
+        ValueError: The table cannot be read, or lacks a shape.
+    """
+    if source is None:
+        return setting
+    recorded = next((r["seconds"] for r in records.records if r["type"] == "latencies"), None)
+    if recorded is None:
+        costs = load_latencies(Path(source)).costs(space)
+        recorded = [[float(value) for value in row] for row in costs]
+        records.append({"type": "latencies", "seconds": recorded})
+    return replace(setting, latency=tuple(np.array(row, float) for row in recorded))
 
 
 def refit(

@@ -21,6 +21,7 @@ from allocator.budget import Budget, resolve_budget
 from allocator.config import RunConfig, SpaceConfig, load_config, save_config
 from allocator.executors import EXECUTORS, Executor, InProcess, WorkerSetting
 from allocator.journal import Journal
+from allocator.latencies import load_latencies
 from allocator.plan import CalibrationRecord, ModelIdentity
 from allocator.reporter import Reporter
 from allocator.run_folder import LONGEST_NAME, RunFolder, load_space, save_space
@@ -31,7 +32,7 @@ from allocator.run_texts import (
     record_weighing,
     text_record,
 )
-from allocator.searches import check_options, refuse_caches
+from allocator.searches import check_latencies, check_options, refuse_caches
 from allocator.tables import TableStore
 from allocator.warm_start import read_warm_start
 from objectives.calibration import SPLITS, Calibration
@@ -79,6 +80,8 @@ def check_start(config: RunConfig, folder: RunFolder) -> tuple[SearchSpace, Budg
             holds a run, or its search cannot serve the space.
     """
     check_options(config.search.name, config.search.options)
+    if config.search.latencies is not None:
+        check_latencies(config.search.name)
     if folder.begun:
         raise ValueError(
             f"the run folder {folder.path} already holds a run: continue it with "
@@ -86,6 +89,8 @@ def check_start(config: RunConfig, folder: RunFolder) -> tuple[SearchSpace, Budg
         )
     space, budget = price(config)
     refuse_caches(config.search.name, space)
+    if config.search.latencies is not None:
+        load_latencies(Path(config.search.latencies)).costs(space)  # refuses gaps
     return space, budget
 
 
@@ -119,7 +124,11 @@ def begin(
     settled = config.measure.model_copy(update={"dtype": dtype, "threads": threads})
     # A folder's whole path, for whoever resumes from elsewhere.
     model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
-    config = config.model_copy(update={"measure": settled, "model": model})
+    search = config.search
+    if search.latencies is not None:
+        whole = str(Path(search.latencies).resolve())
+        search = search.model_copy(update={"latencies": whole})
+    config = config.model_copy(update={"measure": settled, "model": model, "search": search})
     folder.make()
     meter = TokenMeter()
     if config.data.also and not config.data.weights:

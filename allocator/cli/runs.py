@@ -28,6 +28,22 @@ DeviceMapOption = Annotated[
     typer.Option(help=f"Over several GPUs: {', '.join(DEVICE_MAPS)}, or JSON {{module: device}}."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines; no progress.")]
+SearchOptions = Annotated[
+    list[str], typer.Option(help="KEY=VALUE of the search: 'allocator list searches'.")
+]
+Latencies = Annotated[
+    str | None,
+    typer.Option(help="For nsga2, nsga3: rows,columns,operator,seconds."),
+]
+WarmStart = Annotated[
+    str | None, typer.Option(help="Earlier run, or study as STORAGE#STUDY, to start from.")
+]
+Sequences = Annotated[
+    int | None, typer.Option(help="Sequences per evaluation; else what the search prefers.")
+]
+Also = Annotated[
+    list[str], typer.Option(help="TEXT=WEIGHT: a text beside --text (1); TEXT: weighed.")
+]
 RUNS = Path("runs")
 # Options that are not called like their place in the configuration.
 _OPTIONS = {
@@ -62,9 +78,7 @@ def search(
     text: Annotated[str, typer.Option(help="datasets id, .txt, .jsonl, .parquet or embedded.")] = (
         "wiki-summaries"
     ),
-    also: Annotated[
-        list[str], typer.Option(help="TEXT=WEIGHT: a text beside --text (1); TEXT: weighed.")
-    ] = [],
+    also: Also = [],
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
     num_statistics: Annotated[int, typer.Option(help="Sequences for statistics.")] = 64,
     num_search: Annotated[int, typer.Option(help="Sequences the search measures on.")] = 64,
@@ -83,18 +97,13 @@ def search(
     method: Annotated[
         str, typer.Option("--search", help="One or several with commas: 'allocator list searches'.")
     ] = "model_guided",
-    search_option: Annotated[
-        list[str], typer.Option(help="KEY=VALUE of the search: 'allocator list searches'.")
-    ] = [],
+    search_option: SearchOptions = [],
+    latencies: Latencies = None,
     scorer: Annotated[str, typer.Option(help="Loss table that the search starts from.")] = "blend",
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
-    warm_start: Annotated[
-        str | None, typer.Option(help="Earlier run, or study as STORAGE#STUDY, to start from.")
-    ] = None,
+    warm_start: WarmStart = None,
     window: Annotated[int, typer.Option(help="Proposals under way at once.")] = 4,
-    sequences: Annotated[
-        int | None, typer.Option(help="Sequences per evaluation; else what the search prefers.")
-    ] = None,
+    sequences: Sequences = None,
     slopes: Annotated[bool, typer.Option(help="Let the search differentiate the loss.")] = True,
     trials: Annotated[
         int | None, typer.Option(help="Most evaluations (as read 600 sequences if no cap).")
@@ -157,6 +166,7 @@ def search(
             "slopes": slopes,
             "warm_start": warm_start,
             "options": parse_options(search_option),
+            "latencies": latencies,
         },
         "caps": _caps(trials, tokens, time, method=method, sequences=sequences),
         "execution": {

@@ -88,6 +88,21 @@ def refuse_caches(name: str, space: SearchSpace) -> None:
             )
 
 
+def check_latencies(name: str) -> None:
+    """Refuse latencies where a search, or any of several, minimises loss and bytes alone.
+
+    Raises:
+        ValueError: It does, or a name is unknown.
+    """
+    for part in search_names(name):
+        if not getattr(SEARCHES[part], "minimises_latency", False):
+            able = [n for n in SEARCHES if getattr(SEARCHES[n], "minimises_latency", False)]
+            raise ValueError(
+                f"--latencies is for searches that minimise latency too: {' or '.join(able)}; "
+                f"{part} does not"
+            )
+
+
 def check_options(name: str, options: Mapping[str, Scalar]) -> None:
     """Refuse options that the search of a name, or each of several, does not have.
 

@@ -40,6 +40,8 @@ class SearchSetting:
         removed: For each unit the ratio that each option removes, what searches over ratios speak
             of; empty for the share of the bytes of the unit's largest option.
         slopes: Whether fidelities may ask for slopes.
+        latency: For each unit the seconds of each option, for searches that minimise them too;
+            empty where nothing is known of them.
     """
 
     problem: Problem
@@ -52,6 +54,7 @@ class SearchSetting:
     importances: tuple[NDArray[np.float64], ...] = ()
     removed: tuple[NDArray[np.float64], ...] = ()
     slopes: bool = False
+    latency: tuple[NDArray[np.float64], ...] = ()
 
     def fidelity(self, index: int) -> Fidelity:
         """The ``index``-th window of the search split; windows tile it, then start over."""

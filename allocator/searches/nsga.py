@@ -32,7 +32,7 @@ from allocator.searches.pareto import hypervolume, nondominated
 from allocator.searches.reduced import ReducedOptions, ReducedSpace
 from allocator.searches.sampled import Axis, Sampled
 from allocator.solvers.dynamic import DynamicProgram
-from objectives.evaluation import Evaluation
+from objectives.evaluation import Evaluation, round_significant
 from search_spaces.space import Assignment
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class NSGAOptions(ReducedOptions):
         transfer_every: Every so many trials the multipliers of a point of the front are tried at
             the whole budget; 0 never does.
         latency: For each unit the latency of each option (``LatencyTable.costs`` gives them), to
-            be minimised as a third objective; empty for loss and bytes only.
+            be minimised as a third objective; empty for those of the setting, if any.
     """
 
     log_range: float = 1.0
@@ -89,8 +89,11 @@ class NSGA2(Sampled):
 
     name: ClassVar[str] = "nsga2"
     _has_generations: ClassVar[bool] = True
+    minimises_latency: ClassVar[bool] = True
+    """Where the setting has any."""
 
     def __init__(self, setting: SearchSetting, options: NSGAOptions = _DEFAULTS) -> None:
+        options = replace(options, latency=options.latency or setting.latency)
         space = FrontSpace.from_setting(setting, options)
         _check_latency(setting.problem, options.latency)
         num_objectives = 3 if options.latency else 2
@@ -162,7 +165,8 @@ class NSGA2(Sampled):
             costs = [float(self._setting.problem.total_bytes(assignment))]
             if self._latency:
                 rows = zip(self._latency, assignment, strict=True)
-                costs.append(sum(float(row[option]) for row, option in rows))
+                total = sum(float(row[option]) for row, option in rows)
+                costs.append(round_significant(total))  # else equal times differ by the order
             self._costs[assignment] = costs
         return [*super()._values(assignment), *self._costs[assignment]]
 

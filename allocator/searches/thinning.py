@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from allocator.problem import Problem
 from allocator.searches.base import Noting, Proposal, Search, SearchSetting
@@ -26,7 +27,10 @@ Kept = tuple[tuple[int, ...], ...]
 
 
 def undominated(
-    problem: Problem, tables: Collection[LossTable], always: Iterable[Assignment]
+    problem: Problem,
+    tables: Collection[LossTable],
+    always: Iterable[Assignment],
+    latency: Sequence[NDArray[np.float64]] = (),
 ) -> Kept:
     """The options of each unit that no other one beats in bytes and in every table.
 
@@ -35,11 +39,14 @@ def undominated(
         tables: Estimates; an option must lose in all of them to be left out. Equal ones lose to
             the first of the menu.
         always: Assignments whose options stay, such as uniform.
+        latency: For each unit the seconds of its options, where they count: an option must lose in
+            them too.
     """
     starts = tuple(always)
     kept = []
     for unit, sizes in enumerate(problem.bytes):
-        criteria = np.stack([sizes.astype(float), *(table.losses[unit] for table in tables)])
+        losses = [*(table.losses[unit] for table in tables), *(row for row in latency[unit:][:1])]
+        criteria = np.stack([sizes.astype(float), *losses])
         stays = {start[unit] for start in starts}
         # [i, j]: option i is no larger and nowhere worse than option j
         no_worse = np.asarray((criteria[:, :, None] <= criteria[:, None, :]).all(axis=0))
@@ -58,10 +65,16 @@ def thinned_setting(setting: SearchSetting, kept: Kept) -> SearchSetting:
         setting,
         problem=thinned_problem(setting.problem, kept),
         starts=tuple(narrow(start, kept) for start in setting.starts),
-        removed=tuple(
-            row[np.array(options)] for row, options in zip(setting.removed, kept, strict=False)
-        ),
+        removed=_thinned_rows(setting.removed, kept),
+        latency=_thinned_rows(setting.latency, kept),
     )
+
+
+def _thinned_rows(
+    rows: Sequence[NDArray[np.float64]], kept: Kept
+) -> tuple[NDArray[np.float64], ...]:
+    """A value per option, of those that are left; empty where there are none."""
+    return tuple(row[np.array(options)] for row, options in zip(rows, kept, strict=False))
 
 
 def thinned_problem(full: Problem, kept: Kept) -> Problem:
