@@ -12,11 +12,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import ClassVar
 
-import numpy as np
-
 from allocator.searches.base import FrontPoint, Noting, Proposal, Search
 from allocator.searches.ledger import Ledger
-from allocator.searches.pareto import nondominated
 from objectives.evaluation import Evaluation, evaluation_key
 from search_spaces.space import Assignment
 
@@ -73,14 +70,10 @@ class Portfolio:
         return "; ".join(f"{name}: {words}" for name, words in said if words)
 
     @property
-    def front(self) -> list[FrontPoint]:
-        """What no point of any search's front beats, the cheapest first."""
-        found: list[FrontPoint] = []
-        for search in self._searches:
-            found += getattr(search, "front", ())
-        if not found:
-            return []
-        return [found[i] for i in nondominated(np.array([(p.bytes, p.loss_nats) for p in found]))]
+    def front(self) -> Sequence[FrontPoint]:
+        """The front of the first search that keeps one: it was told what all measured."""
+        found = (getattr(search, "front", None) for search in self._searches)
+        return next((front for front in found if front is not None), ())
 
     @property
     def formula(self) -> object | None:
