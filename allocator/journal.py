@@ -22,6 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from search_spaces.whole_file import sync
+
 logger = logging.getLogger(__name__)
 
 _ABSENT = object()
@@ -76,7 +78,7 @@ class Journal:
                 raise ValueError(f"{path} exists already; resume that run or use another name")
             os.ftruncate(journal._descriptor, 0)
             (journal.header,) = journal._write([header])
-            _sync_folder(path.parent)
+            sync(path.parent)
         except BaseException:
             journal.close()
             raise
@@ -267,12 +269,3 @@ def _open_locked(path: Path, flags: int = 0) -> int:
             "wait for it or use another name"
         ) from error
     return descriptor
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new file's name as durable as its bytes."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
