@@ -18,7 +18,7 @@ from allocator.pipeline import Outcome, run_pipeline
 from allocator.plan import ModelIdentity, Plan, save_plan
 from allocator.plan_build import PlanFacts, build_plan
 from allocator.reporter import Reporter, Silent
-from allocator.searches import check_latencies, check_options
+from allocator.search_build import check_search
 from allocator.stage import Stage
 from objectives.function_task import FunctionTask, LossFunction, split_batches
 from objectives.loading import hash_module
@@ -125,10 +125,8 @@ def allocate_task(
             measured.
     """
     chosen = options or AllocateOptions()
-    check_options(chosen.search.name, chosen.search.options)
-    if chosen.search.latencies is not None:
-        check_latencies(chosen.search.name)
     space = build_space(model, chosen.space)
+    check_search(chosen.search, space)
     resolved = resolve_budget(budget, space)
     identity = ModelIdentity(
         name=chosen.name,

@@ -11,7 +11,12 @@ from allocator.config import MeasureConfig
 from allocator.plan import Measured, Plan
 from allocator.plan_build import measure
 from allocator.reporter import Reporter
-from objectives.calibration import CalibrationRequest, build_calibration, hash_tokens
+from objectives.calibration import (
+    Calibration,
+    CalibrationRequest,
+    build_calibration,
+    hash_tokens,
+)
 from objectives.evaluation import Evaluation, Fidelity, round_significant
 from objectives.kv_cache import CacheSwitch
 from objectives.language_task import LanguageTask
@@ -44,7 +49,7 @@ def measure_plan(
     num_sequences, length = request.num_heldout, request.sequence_length
     check_length(loaded.model, length)
     calibration = build_calibration(request, loaded.tokenizer)
-    if not _is_new(request, loaded.tokenizer, plan):
+    if not _is_new(calibration, request, loaded.tokenizer, plan):
         reporter.note(
             f"the plan's search may have read some of these sequences of {request.source}: another "
             "text, or the run's own seed, length and at most its number of held-out sequences, "
@@ -77,7 +82,12 @@ def measure_plan(
     return found
 
 
-def _is_new(request: CalibrationRequest, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> bool:
+def _is_new(
+    calibration: Calibration,
+    request: CalibrationRequest,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+) -> bool:
     """Whether the plan's run certainly held these sequences out, or never knew the text."""
     for text in plan.calibration.texts if plan.calibration else ():
         heldout = text.splits[_SPLIT]
@@ -87,8 +97,10 @@ def _is_new(request: CalibrationRequest, tokenizer: PreTrainedTokenizerBase, pla
             return False
         if heldout.num_sequences < request.num_heldout:
             return False
-        whole = replace(request, num_heldout=heldout.num_sequences)
-        tokens = build_calibration(whole, tokenizer).splits[_SPLIT]
+        tokens = calibration.splits[_SPLIT]
+        if heldout.num_sequences > len(tokens):  # the hash is of the whole split
+            whole = replace(request, num_heldout=heldout.num_sequences)
+            tokens = build_calibration(whole, tokenizer).splits[_SPLIT]
         if hash_tokens(tokens) != heldout.sha256:
             return False
     return True

@@ -36,7 +36,6 @@ from allocator.search_build import (
     with_latencies,
     with_samples,
 )
-from allocator.searches import refuse_caches
 from allocator.searches.base import SearchSetting
 from allocator.solvers.dynamic import DynamicProgram
 from allocator.stage import Stage
@@ -87,10 +86,8 @@ def run_pipeline(stage: Stage) -> Outcome:
     """Run every stage that the journal does not already hold.
 
     Raises:
-        ValueError: The search cannot serve the space; or nothing could be measured: every
-            candidate failed; with the first reason.
+        ValueError: Nothing could be measured: every candidate failed; with the first reason.
     """
-    refuse_caches(stage.search.name, stage.space)
     scorers = list(dict.fromkeys([stage.search.scorer, *stage.search.scorers]))
     uniform = stage.space.uniform(stage.budget.searched_bytes)
     tables = build_tables(

@@ -17,11 +17,19 @@ from numpy.typing import NDArray
 
 from allocator.accounts import Records, inherited_evaluations
 from allocator.bench import Bench
+from allocator.config import SearchConfig
 from allocator.latencies import load_latencies
 from allocator.problem import Problem
 from allocator.ratio_plans import removed_ratios
 from allocator.reporter import Reporter
-from allocator.searches import NO_OPTIONS, make_search, needs_importances
+from allocator.searches import (
+    NO_OPTIONS,
+    check_latencies,
+    check_options,
+    make_search,
+    needs_importances,
+    refuse_caches,
+)
 from allocator.searches.base import FrontPoint, Noting, Search, SearchSetting
 from allocator.searches.local_table import LocalTable
 from allocator.searches.options import Scalar
@@ -34,6 +42,20 @@ from objectives.sensitivity import LossTable
 from search_spaces.space import Assignment, SearchSpace
 
 NUM_SAMPLES = 256
+
+
+def check_search(search: SearchConfig, space: SearchSpace) -> None:
+    """Refuse what a search cannot be made of, before a model is loaded.
+
+    Raises:
+        ValueError: An unknown search or option, a space with caches or latencies for a search that
+            has no use for them, or latencies with gaps.
+    """
+    check_options(search.name, search.options)
+    refuse_caches(search.name, space)
+    if search.latencies is not None:
+        check_latencies(search.name)
+        load_latencies(Path(search.latencies)).costs(space)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from allocator.budget import Budget, resolve_budget
 from allocator.config import RunConfig, SpaceConfig, load_config, save_config
 from allocator.executors import EXECUTORS, Executor, InProcess, WorkerSetting
 from allocator.journal import Journal
-from allocator.latencies import load_latencies
 from allocator.plan import CalibrationRecord, ModelIdentity
 from allocator.reporter import Reporter
 from allocator.run_folder import LONGEST_NAME, RunFolder, load_space, save_space
@@ -32,7 +31,7 @@ from allocator.run_texts import (
     record_weighing,
     text_record,
 )
-from allocator.searches import check_latencies, check_options, refuse_caches
+from allocator.search_build import check_search
 from allocator.tables import TableStore
 from allocator.warm_start import read_warm_start
 from objectives.calibration import SPLITS, Calibration
@@ -79,18 +78,13 @@ def check_start(config: RunConfig, folder: RunFolder) -> tuple[SearchSpace, Budg
         ValueError: As :func:`price`, options that the search does not have, the folder already
             holds a run, or its search cannot serve the space.
     """
-    check_options(config.search.name, config.search.options)
-    if config.search.latencies is not None:
-        check_latencies(config.search.name)
     if folder.begun:
         raise ValueError(
             f"the run folder {folder.path} already holds a run: continue it with "
             f"'allocator resume {folder.path}' or choose another name with --name"
         )
     space, budget = price(config)
-    refuse_caches(config.search.name, space)
-    if config.search.latencies is not None:
-        load_latencies(Path(config.search.latencies)).costs(space)  # refuses gaps
+    check_search(config.search, space)
     return space, budget
 
 

@@ -62,11 +62,12 @@ def _scorers() -> list[dict[str, Any]]:
 
 
 def _searches() -> list[dict[str, Any]]:
-    options = {
-        name: {key: str(option) for key, option in options_of(SEARCHES[name]).items()}
-        for name in SEARCHES
-    }
-    return [row | {"options": options[row["name"]]} for row in _documented(SEARCHES)]
+    rows = _documented(SEARCHES)
+    options = [options_of(SEARCHES[row["name"]]) for row in rows]
+    return [
+        row | {"options": {key: str(option) for key, option in found.items()}}
+        for row, found in zip(rows, options, strict=True)
+    ]
 
 
 def _ties() -> list[dict[str, Any]]:

@@ -79,7 +79,7 @@ class HeatMap:
         self._cells = {key: _Cell(tuple(choices)) for key, choices in cells.items()}
         bits = [cell.bits for cell in self._cells.values()]
         stored = [b for b in bits if b > 0]  # an option may leave nothing of a unit
-        self._low, self._high = min(*stored, _USUAL_BITS[0]), max(*stored, _USUAL_BITS[1])
+        self._low, self._high = min([*stored, _USUAL_BITS[0]]), max([*stored, _USUAL_BITS[1]])
         self._short = _short_labels(
             {c.label for cell in self._cells.values() for c in cell.choices}
         )

@@ -52,15 +52,12 @@ class NSGAOptions(ReducedOptions):
             measured first; at least 2.
         transfer_every: Every so many trials the multipliers of a point of the front are tried at
             the whole budget; 0 never does.
-        latency: For each unit the latency of each option (``LatencyTable.costs`` gives them), to
-            be minimised as a third objective; empty for those of the setting, if any.
     """
 
     log_range: float = 1.0
     population: int = 20
     num_seeds: int = 8
     transfer_every: int = 3
-    latency: tuple[NDArray[np.float64], ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,10 +90,9 @@ class NSGA2(Sampled):
     """Where the setting has any."""
 
     def __init__(self, setting: SearchSetting, options: NSGAOptions = _DEFAULTS) -> None:
-        options = replace(options, latency=options.latency or setting.latency)
         space = FrontSpace.from_setting(setting, options)
-        _check_latency(setting.problem, options.latency)
-        num_objectives = 3 if options.latency else 2
+        _check_latency(setting.problem, setting.latency)
+        num_objectives = 3 if setting.latency else 2
         super().__init__(
             setting,
             space,
@@ -104,7 +100,7 @@ class NSGA2(Sampled):
             remeasure_every=options.remeasure_every,
             num_objectives=num_objectives,
         )
-        self._latency = options.latency
+        self._latency = setting.latency
         self._share = space.lowest < 0
         self._transfer_every = options.transfer_every
         self._costs: dict[Assignment, list[float]] = {}

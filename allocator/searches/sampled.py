@@ -173,7 +173,7 @@ class Sampled:
         """Make trials of what was told without being asked for, where it has a point."""
         foreign = [assignment for assignment in self._foreign if assignment not in self._met]
         self._foreign.clear()
-        if not self._space.axes:
+        if not foreign or not self._space.axes:
             return
         for assignment in self._worth_learning(foreign):
             point = self._space.encode(assignment)

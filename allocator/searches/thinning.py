@@ -45,7 +45,7 @@ def undominated(
     starts = tuple(always)
     kept = []
     for unit, sizes in enumerate(problem.bytes):
-        losses = [*(table.losses[unit] for table in tables), *(row for row in latency[unit:][:1])]
+        losses = [*(table.losses[unit] for table in tables), *latency[unit : unit + 1]]
         criteria = np.stack([sizes.astype(float), *losses])
         stays = {start[unit] for start in starts}
         # [i, j]: option i is no larger and nowhere worse than option j

@@ -5,6 +5,7 @@ import re
 import resource
 from html.parser import HTMLParser
 from itertools import pairwise
+from types import SimpleNamespace
 
 import matplotlib
 import pytest
@@ -15,7 +16,7 @@ from report_views import SHAPES, make_measurements, make_view, measured, with_pl
 from allocator.plan import Paired
 from allocator.report import FrontierPoint, write_report
 from allocator.report.evidence import _MOST_SHOWN
-from allocator.report.heatmap import cell_colours
+from allocator.report.heatmap import HeatMap, cell_colours
 from allocator.report.html import render_report
 from allocator.report.wording import number, size, verdict, with_error
 
@@ -343,6 +344,17 @@ def test_every_text_is_escaped(view):
 def test_heat_map_text_reads_on_its_colour(bits):
     colour, text_colour = cell_colours(bits, min(bits, 2.0), max(bits, 8.0))
     assert contrast(colour, text_colour) >= 4.5
+
+
+def test_a_plan_that_drops_every_unit_has_a_heat_map(view):
+    dropped = [
+        SimpleNamespace(
+            choice=e.choice, unit=e.unit, bytes=0, depth=e.depth, name=e.name, kind=e.kind
+        )
+        for e in view.plan.units
+    ]
+    drawn = HeatMap(SimpleNamespace(units=dropped), [e.choice.label for e in dropped])
+    assert "0 bits per weight" in str(drawn.render())
 
 
 def test_the_themes_are_readable(view):

@@ -126,7 +126,7 @@ def test_latency_is_a_third_objective():
     problem = animal.setting.problem
     # the largest option is the fastest, so that latency pulls another way than bytes
     latency = tuple(1.0 / cost for cost in problem.bytes)
-    search = NSGA3(animal.setting, NSGAOptions(latency=latency))
+    search = NSGA3(replace(animal.setting, latency=latency))
     drive(search, animal.measure, 80, 4)
     spent = [
         sum(float(row[i]) for row, i in zip(latency, p.assignment, strict=True))
@@ -137,7 +137,7 @@ def test_latency_is_a_third_objective():
     assert len(nondominated(points[:, :2])) < len(points)
     assert search.notes()["hypervolume_nats"] > 0
     with pytest.raises(ValueError, match="latency per option"):
-        NSGA2(animal.setting, NSGAOptions(latency=latency[1:]))
+        NSGA2(replace(animal.setting, latency=latency[1:]))
 
 
 def test_a_budget_of_the_cheapest_assignment_has_no_share():
