@@ -10,11 +10,29 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from allocator.cli.runs import DeviceMapOption, Json, Runs, make_config, split_pin
+from allocator.cli.options import (
+    RUNS,
+    DataSeed,
+    Device,
+    DeviceMapOption,
+    DType,
+    Exclude,
+    Json,
+    Length,
+    Model,
+    Pins,
+    Runs,
+    Space,
+    Text,
+    Ties,
+    device_data,
+    make_config,
+    reading_data,
+    space_data,
+)
 from allocator.cli.terminal import console, print_json, reporting
 from allocator.config import RunConfig
 from allocator.run_folder import RunFolder, run_folder, save_losses, save_space
-from objectives.device_map import parse_device_map
 from search_spaces.space import SearchSpace
 from search_spaces.whole_file import write_whole
 
@@ -22,12 +40,11 @@ if TYPE_CHECKING:
     from allocator.profile import Comparison
     from objectives.sensitivity import LossTable
 
-_RUNS = Path("runs")
 _WHOLE = "100%"
 
 
 def profile_model(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder or embedded model.")],
+    model: Model,
     scorer: Annotated[
         str, typer.Option(help="One or several with commas; see 'allocator list scorers'.")
     ] = "blend",
@@ -39,27 +56,25 @@ def profile_model(
     budget: Annotated[
         str, typer.Option(help="Of incumbents and random assignments, such as 3.25bpw.")
     ] = _WHOLE,
-    space: Annotated[str, typer.Option(help="Preset or YAML file.")] = "bits",
-    ties: Annotated[str | None, typer.Option(help="Runtime whose fused kernels tie units.")] = None,
-    pin: Annotated[list[str], typer.Option(help="GLOB=LABEL, e.g. '*.o_proj=int8-g64'.")] = [],
-    exclude: Annotated[list[str], typer.Option(help="Glob of units to leave dense.")] = [],
-    text: Annotated[str, typer.Option(help="datasets id, .txt, .jsonl, .parquet or embedded.")] = (
-        "wiki-summaries"
-    ),
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
+    space: Space = "bits",
+    ties: Ties = None,
+    pin: Pins = [],
+    exclude: Exclude = [],
+    text: Text = "wiki-summaries",
+    sequence_length: Length = 256,
     num_statistics: Annotated[int, typer.Option(help="Sequences that scorers read.")] = 16,
     num_search: Annotated[int, typer.Option(help="Sequences to hold them against.")] = 8,
-    data_seed: Annotated[int, typer.Option(help="Orders the documents.")] = 0,
+    data_seed: DataSeed = 0,
     objective: Annotated[str, typer.Option(help="What is measured, as in search.")] = "kl",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: DType = "auto",
+    device: Device = "auto",
     device_map: DeviceMapOption = None,
     threads: Annotated[int, typer.Option(help="Torch threads; 0: all cores.")] = 0,
     stream: Annotated[
         bool, typer.Option(help="Block by block, for models larger than memory.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the random assignments.")] = 0,
-    runs: Runs = _RUNS,
+    runs: Runs = RUNS,
     name: Annotated[str | None, typer.Option(help="Of the folder; else profile and model.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -71,27 +86,11 @@ def profile_model(
     data: dict[str, Any] = {
         "model": model,
         "budget": budget,
-        "space": {
-            "space": space,
-            "ties": ties,
-            "pins": [split_pin(words) for words in pin],
-            "exclude": exclude,
-        },
-        "data": {
-            "text": text,
-            "sequence_length": sequence_length,
-            "statistics": num_statistics,
-            "search": num_search,
-            "guard": 1,
-            "heldout": 1,
-            "seed": data_seed,
-        },
+        "space": space_data(space, ties, pin, exclude),
+        "data": reading_data(text, sequence_length, num_statistics, data_seed, search=num_search),
         "measure": {
             "objective": objective,
-            "dtype": dtype,
-            "device": device,
-            "device_map": device_map and parse_device_map(device_map),
-            "threads": threads,
+            **device_data(dtype, device, device_map, threads),
         },
         "search": {"seed": seed},
     }

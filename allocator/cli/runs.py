@@ -6,28 +6,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
-from pydantic import ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from allocator.budget import parse_budgets
+from allocator.cli.options import (
+    RUNS,
+    DataSeed,
+    Device,
+    DeviceMapOption,
+    DType,
+    Exclude,
+    Json,
+    Length,
+    Model,
+    Pins,
+    Runs,
+    Space,
+    Text,
+    Ties,
+    device_data,
+    make_config,
+    space_data,
+)
 from allocator.cli.terminal import console, format_bytes, parse_duration, print_json, reporting
 from allocator.config import Objective, RunConfig
-from allocator.executors import EXECUTORS
 from allocator.run_folder import existing_run, run_folder
-from allocator.searches import preferred_sequences, search_names
+from allocator.searches import preferred_sequences
 from allocator.searches.options import parse_options
-from objectives.device_map import DEVICE_MAPS, parse_device_map
 
 if TYPE_CHECKING:
     from allocator.runner import Finished
 
-Runs = Annotated[Path, typer.Option(help="Folder that holds the runs.")]
-DeviceMapOption = Annotated[
-    str | None,
-    typer.Option(help=f"Over several GPUs: {', '.join(DEVICE_MAPS)}, or JSON {{module: device}}."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines; no progress.")]
 SearchOptions = Annotated[
     list[str], typer.Option(help="KEY=VALUE of the search: 'allocator list searches'.")
 ]
@@ -44,30 +54,17 @@ Sequences = Annotated[
 Also = Annotated[
     list[str], typer.Option(help="TEXT=WEIGHT: a text beside --text (1); TEXT: weighed.")
 ]
-RUNS = Path("runs")
-# Options that are not called like their place in the configuration.
-_OPTIONS = {
-    "search.batch": "sequences",
-    "data.statistics": "num-statistics",
-    "data.search": "num-search",
-    "data.guard": "num-guard",
-    "data.heldout": "num-heldout",
-    "data.seed": "data-seed",
-    "data.weights": "also",
-    "search.name": "search",
-    "caps.seconds": "time",
-}
 
 _SEQUENCES_WITHOUT_CAP = 600
 
 
 def search(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder or embedded model.")],
+    model: Model,
     budget: Annotated[str, typer.Option(help="90MB, 2.5GiB, 3.25bpw, 40%; several with commas.")],
-    space: Annotated[str, typer.Option(help="Preset or YAML file.")] = "bits",
-    ties: Annotated[str | None, typer.Option(help="Runtime whose fused kernels tie units.")] = None,
-    pin: Annotated[list[str], typer.Option(help="GLOB=LABEL, e.g. '*.o_proj=int8-g64'.")] = [],
-    exclude: Annotated[list[str], typer.Option(help="Glob of units to leave dense.")] = [],
+    space: Space = "bits",
+    ties: Ties = None,
+    pin: Pins = [],
+    exclude: Exclude = [],
     open_units: Annotated[
         list[str], typer.Option("--open", help="Search the embeddings or the head too.")
     ] = [],
@@ -75,23 +72,21 @@ def search(
     context: Annotated[int, typer.Option(help="Tokens of cache in the budget; 0: none.")] = 0,
     batch: Annotated[int, typer.Option(help="Sequences of the cache.")] = 1,
     apart: Annotated[bool, typer.Option(help="Choose keys and values of caches apart.")] = False,
-    text: Annotated[str, typer.Option(help="datasets id, .txt, .jsonl, .parquet or embedded.")] = (
-        "wiki-summaries"
-    ),
+    text: Text = "wiki-summaries",
     also: Also = [],
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
+    sequence_length: Length = 256,
     num_statistics: Annotated[int, typer.Option(help="Sequences for statistics.")] = 64,
     num_search: Annotated[int, typer.Option(help="Sequences the search measures on.")] = 64,
     num_guard: Annotated[int, typer.Option(help="Sequences that choose what is returned.")] = 32,
     num_heldout: Annotated[int, typer.Option(help="Sequences that only report.")] = 32,
-    data_seed: Annotated[int, typer.Option(help="Orders the documents.")] = 0,
+    data_seed: DataSeed = 0,
     objective: Annotated[
         str, typer.Option(help=f"One of {', '.join(get_args(Objective))}.")
     ] = "kl",
     top_k: Annotated[int, typer.Option(help="Outcomes the teacher keeps; 0: all.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 4,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: DType = "auto",
+    device: Device = "auto",
     device_map: DeviceMapOption = None,
     threads: Annotated[int, typer.Option(help="Torch threads a process; 0: share the cores.")] = 0,
     method: Annotated[
@@ -127,10 +122,7 @@ def search(
         "model": model,
         "budget": budgets[0],
         "space": {
-            "space": space,
-            "ties": ties,
-            "pins": [split_pin(text) for text in pin],
-            "exclude": exclude,
+            **space_data(space, ties, pin, exclude),
             "open_units": open_units,
             "bar_keep": bar_keep,
             "context": context,
@@ -152,10 +144,7 @@ def search(
             "objective": objective,
             "top_k": top_k,
             "batch_size": batch_size,
-            "dtype": dtype,
-            "device": device,
-            "device_map": device_map and parse_device_map(device_map),
-            "threads": threads,
+            **device_data(dtype, device, device_map, threads),
         },
         "search": {
             "name": method,
@@ -301,40 +290,6 @@ def _run_all(
     return found
 
 
-def make_config(data: dict[str, Any]) -> RunConfig:
-    """The validated configuration, its names checked before anything is loaded."""
-    from objectives.sensitivity import SCORERS
-
-    try:
-        config = RunConfig.model_validate(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
-        option = _OPTIONS.get(place, place.rpartition(".")[2].replace("_", "-"))
-        raise ValueError(f"--{option}: {first['msg']}, got {first['input']!r}") from error
-    search_names(config.search.name)
-    for table, word in (
-        (SCORERS, config.search.scorer),
-        (EXECUTORS, config.execution.executor),
-    ):
-        table[word]
-    execution = config.execution
-    if execution.executor == "in-process" and execution.workers > 1:
-        raise ValueError(
-            f"the in-process executor is one worker, got --workers {execution.workers}; "
-            "add --executor ray"
-        )
-    if execution.executor == "in-process" and (execution.address or execution.gpus_per_worker):
-        option = "address" if execution.address else "gpus-per-worker"
-        raise ValueError(f"--{option} is for Ray: add --executor ray")
-    if 2 * execution.workers > config.search.window and execution.workers > 1:
-        raise ValueError(
-            f"{execution.workers} workers need --window {2 * execution.workers} or more, "
-            f"got {config.search.window}: the window fixes the history, so it is yours to choose"
-        )
-    return config
-
-
 def _caps(
     trials: int | None,
     tokens: int | None,
@@ -350,14 +305,6 @@ def _caps(
         each = sequences or preferred_sequences(method)
         trials = max(1, _SEQUENCES_WITHOUT_CAP // max(1, each))
     return {"trials": trials, "tokens": tokens, "seconds": seconds}
-
-
-def split_pin(text: str) -> tuple[str, str]:
-    """GLOB=LABEL as a pair."""
-    glob, separator, label = text.rpartition("=")
-    if not separator or not glob or not label:
-        raise ValueError(f"--pin expects GLOB=LABEL such as '*.o_proj=int8-g64', got {text!r}")
-    return glob, label
 
 
 def _split_texts(words: list[str]) -> tuple[list[str], list[float]]:

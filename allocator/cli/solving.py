@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from allocator.budget import Budget, parse_budgets, resolve_budget
-from allocator.cli.runs import RUNS, Json, Runs
+from allocator.cli.options import RUNS, Json, Runs
 from allocator.cli.terminal import console, parse_latency, print_json
 from allocator.latencies import LatencyTable, latency_constraint, load_latencies
 from allocator.plan import Plan, load_plan, save_plan

@@ -83,6 +83,18 @@ def test_operators_that_compress_with_statistics_get_them(found, tmp_path):
     succeed("apply", MODEL, tmp_path / "plan", "-o", tmp_path / "applied")
 
 
+def test_a_transfer_that_fails_leaves_nothing_behind(tmp_path):
+    """It fails at the formula, after the statistics were written."""
+    path = tmp_path / "formula.json"
+    formula = Formula(("minmax", "log"), "mean", ("identity",))  # the logarithm of 0
+    path.write_text(json.dumps(formula.to_json()))
+    words = ("transfer", path, MODEL, "--budget", "60%", "--space", "sparsity", *READ)
+    result = allocator(*words, "-o", tmp_path / "plan")
+    assert result.code == 2
+    assert "is infinite on these importances" in result.err
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -121,7 +133,8 @@ def test_mistakes_are_told_before_a_model_is_loaded(found, tmp_path):
 
     begin = ("transfer", found, MODEL, "-o", tmp_path / "x", "--budget")
     assert "cannot read the formula" in said("transfer", tmp_path / "no", *begin[2:], "3bpw")
-    assert "new folder" in said("transfer", found, MODEL, "-o", found, "--budget", "3bpw")
+    taken = said("transfer", found, MODEL, "-o", found, "--budget", "3bpw")
+    assert "choose another output" in taken
     assert "0.1bpw" in said(*begin, "0.1bpw")
     assert "searches the model's cache" in said(*begin, "60%", "--space", "kv")
     assert not (tmp_path / "x").exists()
