@@ -1,6 +1,7 @@
 """The benchmark of published methods, run as its user does, on a tiny model with few tokens."""
 
 import json
+import math
 import shutil
 from contextlib import redirect_stdout
 from io import StringIO
@@ -63,6 +64,18 @@ def test_every_plan_is_measured_within_the_budget(finished):
     assert 0 < min(sizes) <= max(sizes) <= 7.4 * 1_105_920 / 8
     for name in ("results.csv", "results.md", "curves.svg"):
         assert (finished / name).stat().st_size, name
+
+
+def test_a_plan_can_be_measured_again(finished):
+    """Each point holds its plan, and the cross-entropy that the table's perplexity is made of."""
+    last = {r["method"]: r["points"][-1] for r in records.read_folder(finished)}
+    table = (finished / "results.md").read_text()
+    for method, point in last.items():
+        perplexity = math.exp(sum(point["cross_entropy"]) / len(point["cross_entropy"]))
+        row = next(line for line in table.splitlines() if line.startswith(f"| {method} | B"))
+        assert f" {perplexity:.2f} |" in row
+        assert len(point["plan"]) == 42
+    assert last["random"]["plan"] != last["uniform"]["plan"]
 
 
 def test_published_rules_are_charged_what_they_read(finished):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from charges import charged
@@ -18,7 +19,7 @@ from allocator.searches.base import Search, SearchSetting
 from allocator.searches.repair import fill_budget
 from allocator.solvers.dynamic import DynamicProgram
 from objectives.calibration import CalibrationRequest, build_calibration
-from objectives.evaluation import Fidelity
+from objectives.evaluation import Evaluation, Fidelity
 from objectives.language_task import LanguageTask
 from objectives.loading import load_model
 from objectives.sensitivity import LossTable, ScoringContext
@@ -68,7 +69,7 @@ class Lab:
             self.bench.evaluator.prepare(split)
         self._read: dict[tuple[str, str], tuple] = {}
         self._statistics = None
-        self._known: dict = {}
+        self._known: dict[Assignment, Evaluation] = {}
 
     def context(self) -> ScoringContext:
         """What scorers look at."""
@@ -118,12 +119,27 @@ class Lab:
             slopes=True,
         )
 
-    def heldout(self, assignment) -> tuple[float, ...]:
-        """Held-out loss of each sequence, nats per token."""
+    def heldout(self, assignment: Assignment) -> Evaluation:
+        """What a plan loses on held-out text."""
         if assignment not in self._known:
             fidelity = Fidelity("heldout", 0, self.options.heldout)
-            self._known[assignment] = self.bench.evaluator(assignment, fidelity).sequence_nats
+            self._known[assignment] = self.bench.evaluator(assignment, fidelity)
         return self._known[assignment]
+
+    def point(self, tokens: int, assignment: Assignment) -> dict[str, Any]:
+        """A plan and what it cost and loses, for the results.
+
+        ``heldout`` and ``cross_entropy`` are of each held-out sequence, in nats per token;
+        ``plan`` is the place of each unit's option in its menu.
+        """
+        found = self.heldout(assignment)
+        return {
+            "tokens": tokens,
+            "bytes": self.space.bytes(assignment),
+            "heldout": found.sequence_nats,
+            "cross_entropy": found.sequence_cross_entropy_nats,
+            "plan": assignment,
+        }
 
     def one_shot(self, method: OneShot, setting: SearchSetting) -> tuple[int, Assignment]:
         """(tokens read, plan)."""

@@ -41,7 +41,7 @@ def search(lab, budget, options):
     )
     with patch.object(descent, "judge", recorded):
         best = lab.run_search(method, budget)[-1][1]
-    return float(np.mean(lab.heldout(best))), races
+    return lab.heldout(best).loss_nats, races
 
 
 def replay(ours, theirs, rung, level):

@@ -92,7 +92,8 @@ def measure(lab: Lab, budget: str, name: str, method: Method) -> dict[str, Any]:
     else:
         points = lab.run_search(method, lab.budgets[budget])
     problem = setting.problem
-    assert all(problem.total_bytes(plan) <= problem.budget_bytes for _, plan in points)
+    described = [lab.point(tokens, plan) for tokens, plan in points]
+    assert all(point["bytes"] <= problem.budget_bytes for point in described)
     return {
         "space": lab.kind,
         "budget": budget,
@@ -101,10 +102,7 @@ def measure(lab: Lab, budget: str, name: str, method: Method) -> dict[str, Any]:
         "seed": lab.seed,
         "settings": settings(lab.options),
         "seconds": round(time.monotonic() - started, 1),
-        "points": [
-            {"tokens": tokens, "bytes": problem.total_bytes(plan), "heldout": lab.heldout(plan)}
-            for tokens, plan in points
-        ],
+        "points": described,
     }
 
 

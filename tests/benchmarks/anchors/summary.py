@@ -17,13 +17,14 @@ def write_summary(folder: Path, records) -> None:
         return
     with (folder / "results.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        heads = ["space", "budget", "method", "feasible", "seed", "tokens", "bytes", "heldout_nats"]
-        writer.writerow(heads)
+        keys = ["space", "budget", "method", "feasible", "seed"]
+        writer.writerow([*keys, "tokens", "bytes", "heldout_nats", "perplexity"])
         for r in records:
             for point in r["points"]:
                 mean = float(np.mean(point["heldout"]))
-                cells = [r[key] for key in heads[:5]]
-                writer.writerow([*cells, point["tokens"], point["bytes"], f"{mean:.6g}"])
+                ppl = perplexity(point)
+                cells = [*(r[key] for key in keys), point["tokens"], point["bytes"], f"{mean:.6g}"]
+                writer.writerow([*cells, "" if np.isnan(ppl) else f"{ppl:.6g}"])
     text = "\n".join(lines(records)) + "\n"
     (folder / "results.md").write_text(text)
     print(text)
@@ -33,17 +34,22 @@ def write_summary(folder: Path, records) -> None:
 def lines(records):
     """Markdown: one table of all means, then one table per space and budget."""
     cells = defaultdict(lambda: defaultdict(dict))
+    perplexities = defaultdict(list)
     about = {}
     for r in records:
         last = r["points"][-1]
+        perplexities[r["space"], r["budget"], r["method"]].append(perplexity(last))
         cells[r["space"], r["budget"]][r["method"]][r["seed"]] = float(np.mean(last["heldout"]))
         about[r["space"], r["budget"], r["method"]] = (r["feasible"], last["tokens"])
     yield from overview(cells)
     for (space, budget), methods in sorted(cells.items(), key=lambda item: place_order(item[0])):
         yield f"## {space}, {budget}"
         yield ""
-        yield "| method | set | tokens | held-out nats | minus model_guided, paired | seeds |"
-        yield "| --- | --- | ---: | ---: | ---: | ---: |"
+        yield (
+            "| method | set | tokens | held-out nats | minus model_guided, paired | perplexity "
+            "| seeds |"
+        )
+        yield "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
         order = sorted(methods, key=lambda name: np.mean(list(methods[name].values())))
         for name in order:
             found, ours = methods[name], methods.get(OURS, {})
@@ -53,6 +59,8 @@ def lines(records):
             difference = "" if name == OURS or not both else with_interval(gap, width, "+")
             feasible, tokens = about[space, budget, name]
             row = [name, feasible, f"{tokens:,}", with_interval(mean, half), difference]
+            ppl, spread = interval(perplexities[space, budget, name])
+            row.append("" if np.isnan(ppl) else with_interval(ppl, spread, places=2))
             yield "| " + " | ".join([*row, str(len(found))]) + " |"
         yield ""
 
@@ -89,6 +97,11 @@ def overview(cells):
     yield ""
 
 
-def with_interval(mean: float, half: float, sign: str = "") -> str:
+def perplexity(point) -> float:
+    """Of a plan on held-out text; NaN where an earlier version did not note the cross-entropy."""
+    return float(np.exp(np.mean(point["cross_entropy"]))) if "cross_entropy" in point else np.nan
+
+
+def with_interval(mean: float, half: float, sign: str = "", places: int = 4) -> str:
     """A mean, with its interval where there is one."""
-    return f"{mean:{sign}.4f}" + ("" if np.isnan(half) else f" ± {half:.4f}")
+    return f"{mean:{sign}.{places}f}" + ("" if np.isnan(half) else f" ± {half:.{places}f}")
