@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from search_spaces.operators.base import Matrix, PackedOperator, Statistics, required
-from search_spaces.operators.gptq import GPTQ, output_errors
+from search_spaces.operators.gptq import GPTQ
+from search_spaces.operators.hessian import output_errors
 from search_spaces.operators.integer_grid import grouped, storable
 from search_spaces.storage import StoredTensor, num_groups, packed_bytes
 

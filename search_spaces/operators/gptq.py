@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from search_spaces.operators.base import Statistics, required
+from search_spaces.operators.hessian import FACTORS, output_errors
 from search_spaces.operators.integer_grid import GridCodes, IntegerOperator, grouped, reach
 
 if TYPE_CHECKING:
@@ -83,13 +84,14 @@ class GPTQ(IntegerOperator):
         left = torch.where(diagonal[:, None] == 0, 0, weight.T)
         columns, rows = left.shape
         width = self.group_size or columns
-        order = list(range(columns))
+        order, sorting = list(range(columns)), None
         groups = grouped(left.T, self.group_size)
         scales, zeros = (part.squeeze(-1).T.contiguous() for part in self.fit(*reach(groups, -1)))
         if self.act_order:
             sorting = diagonal.argsort(descending=True, stable=True)
             order = sorting.tolist()
-            left, hessian = left[sorting], hessian[sorting][:, sorting]
+            left = left[sorting]
+        factor = FACTORS.factor(hessian, self.damping, sorting)
         codes = left.new_empty(columns, rows)
 
         def quantize(position: int, remaining: Tensor) -> Tensor:
@@ -101,7 +103,7 @@ class GPTQ(IntegerOperator):
             codes[column] = self.nearest(remaining[0], scales[group], zeros[group])
             return (codes[column] - zeros[group]) * scales[group]
 
-        compensate(left, inverse_factor(hessian, self.damping), width, quantize)
+        compensate(left, factor, width, quantize)
         return GridCodes(
             grouped(codes.T, self.group_size), scales.T.unsqueeze(-1), zeros.T.unsqueeze(-1)
         )
@@ -114,7 +116,7 @@ def compensate(
 
     Args:
         weight: (columns, rows) in the order of the walk; not written to.
-        factor: (columns, columns) of :func:`inverse_factor`, in the same order.
+        factor: (columns, columns) in the same order; see :mod:`search_spaces.operators.hessian`.
         width: Columns of a group. Updates are applied lazily, block by block, but never so that a
             group is seen half updated when its first column is reached.
         quantize: Given a position and the (columns left, rows) weights from there on, returns
@@ -122,7 +124,7 @@ def compensate(
     """
     import torch
 
-    left = weight.clone()
+    left = weight.clone(memory_format=torch.contiguous_format)  # an update moves whole columns
     for start, end in _blocks(len(weight), width):
         block, local = left[start:end], factor[start:end, start:end]
         errors = torch.empty_like(block)
@@ -140,43 +142,3 @@ def _blocks(columns: int, width: int) -> Iterator[tuple[int, int]]:
         stop = min(columns, first + step)
         for start in range(first, stop, _BLOCK):
             yield start, min(stop, start + _BLOCK)
-
-
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper triangular ``U`` with ``U' U`` the inverse of the damped Hessian.
-
-    Factorising the Hessian from its last column upwards gives the inverse of ``U`` itself, so
-    nothing is inverted but a triangle. Where that fails, damping grows tenfold until it works.
-
-    Args:
-        hessian: (columns, columns) mean outer product of the inputs.
-        damping: Added to the diagonal, as a fraction of its mean.
-
-    Returns:
-        (columns, columns) float32; columns that never fire stand apart from all others.
-
-    Raises:
-        ValueError: The Hessian is not finite.
-    """
-    import torch
-
-    if not torch.isfinite(hessian).all():
-        raise ValueError("hessian: expected finite values, got some that are not")
-    base = hessian.double()
-    diagonal = base.diagonal()
-    diagonal = torch.where(diagonal == 0, 1.0, diagonal)
-    while True:
-        damped = base.clone()
-        damped.diagonal().copy_(diagonal + damping * diagonal.mean())
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed:
-            break
-        damping *= 10
-    identity = torch.eye(len(base), dtype=base.dtype, device=base.device)
-    factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-    return factor.float()
-
-
-def output_errors(error: Tensor, hessian: Tensor) -> Tensor:
-    """(rows,) mean squared error of each output, ``e H e'``, from the (rows, columns) error."""
-    return (error @ hessian).mul_(error).sum(1)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from search_spaces.operators.base import Matrix, Operator, Statistics, required
-from search_spaces.operators.gptq import inverse_factor, output_errors
+from search_spaces.operators.hessian import FACTORS, output_errors
 from search_spaces.operators.keep import Keep
 from search_spaces.operators.prune import check_n_m, check_sparsity, keep_highest, num_pruned
 from search_spaces.operators.sparse_storage import (
@@ -118,7 +118,7 @@ class SparseGPT(SparseOperator):
         import torch
 
         columns = len(hessian)
-        factor = inverse_factor(hessian, self.damping)
+        factor = FACTORS.factor(hessian, self.damping)
         fires = hessian.diagonal() > 0
         left = weight.T.contiguous().clone()
         mask = torch.empty_like(left, dtype=torch.bool)

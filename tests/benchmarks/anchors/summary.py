@@ -45,11 +45,12 @@ def lines(records):
     for (space, budget), methods in sorted(cells.items(), key=lambda item: place_order(item[0])):
         yield f"## {space}, {budget}"
         yield ""
-        yield (
-            "| method | set | tokens | held-out nats | minus model_guided, paired | perplexity "
-            "| seeds |"
-        )
-        yield "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
+        ppls = {name: interval(perplexities[space, budget, name]) for name in methods}
+        noted = not all(np.isnan(mean) for mean, _ in ppls.values())
+        heads = ["method", "set", "tokens", "held-out nats", "minus model_guided, paired"]
+        heads += ["perplexity"] * noted + ["seeds"]
+        yield "| " + " | ".join(heads) + " |"
+        yield "| --- | --- |" + " ---: |" * (len(heads) - 2)
         order = sorted(methods, key=lambda name: np.mean(list(methods[name].values())))
         for name in order:
             found, ours = methods[name], methods.get(OURS, {})
@@ -59,8 +60,9 @@ def lines(records):
             difference = "" if name == OURS or not both else with_interval(gap, width, "+")
             feasible, tokens = about[space, budget, name]
             row = [name, feasible, f"{tokens:,}", with_interval(mean, half), difference]
-            ppl, spread = interval(perplexities[space, budget, name])
-            row.append("" if np.isnan(ppl) else with_interval(ppl, spread, places=2))
+            if noted:
+                ppl, spread = ppls[name]
+                row.append("" if np.isnan(ppl) else with_interval(ppl, spread, places=2))
             yield "| " + " | ".join([*row, str(len(found))]) + " |"
         yield ""
 

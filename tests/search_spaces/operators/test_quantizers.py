@@ -1,6 +1,7 @@
 """GPTQ, clipped rounding, NormalFloat and decoupleQ against slow references and published facts."""
 
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from search_spaces.operators import (
     Statistics,
 )
 from search_spaces.operators.decoupled import _Fit, _fit_floats
-from search_spaces.operators.gptq import inverse_factor, output_errors
+from search_spaces.operators.hessian import LatestFactor, inverse_factor, output_errors
 from search_spaces.operators.normal_float import lq_lora_menu, normal_float_levels
 from search_spaces.storage import ceil_div
 
@@ -142,6 +143,27 @@ def test_the_factor_is_a_root_of_the_damped_inverse():
     damped = hessian.double() + 0.02 * hessian.diagonal().mean() * torch.eye(40)
     assert torch.allclose(factor.T @ factor @ damped, torch.eye(40).double(), atol=1e-4)
     assert torch.equal(factor, factor.triu())
+
+
+def test_a_factor_is_made_once_for_all_options_of_a_matrix():
+    memory, hessian, order = LatestFactor(), correlated(12), torch.arange(12).flip(0)
+    first = memory.factor(hessian, 0.01)
+    assert torch.equal(first, inverse_factor(hessian, 0.01))
+    assert memory.factor(hessian, 0.01) is first
+    turned = memory.factor(hessian, 0.01, order)
+    assert torch.equal(turned, inverse_factor(hessian[order][:, order], 0.01))
+    assert memory.factor(hessian, 0.02) is not memory.factor(hessian, 0.01)
+    before = memory.factor(hessian, 0.01)
+    hessian *= 2  # written to: what is remembered is no longer true
+    assert torch.allclose(memory.factor(hessian, 0.01), before / 2**0.5)
+
+
+def test_a_factor_goes_with_its_hessian():
+    memory, hessian = LatestFactor(), correlated(12)
+    factor = weakref.ref(memory.factor(hessian, 0.01))
+    assert factor() is not None
+    del hessian
+    assert factor() is None
 
 
 def test_damping_grows_until_the_factor_exists():
