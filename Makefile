@@ -13,7 +13,7 @@ RUN_BUDGET := 3.25bpw
   bench-measuring bench-anchors bench-anchors-full schema clean
 
 run: $(STAMP)
-	$(BIN)/allocator search $(RUN_MODEL) --space bits --budget $(RUN_BUDGET) --trials 150 --time 15m \
+	$(BIN)/allocator search $(RUN_MODEL) --space bits --budget $(RUN_BUDGET) --trials 250 --time 15m \
 	  --name demo-$$(date +%Y%m%d-%H%M%S)
 
 # One thread: the tests' models are tiny, and threads would only wait for each other.
