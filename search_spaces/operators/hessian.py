@@ -7,10 +7,18 @@ make as the walk, and all options of one matrix ask for the same.
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _Made:
+    of: weakref.ref[Tensor]
+    how: tuple[int, float, tuple[int, ...] | None]
+    factor: Tensor
 
 
 class LatestFactor:
@@ -20,9 +28,7 @@ class LatestFactor:
     """
 
     def __init__(self) -> None:
-        self._of: weakref.ref[Tensor] | None = None
-        self._how: tuple[int, float, tuple[int, ...] | None] | None = None
-        self._factor: Tensor | None = None
+        self._made: _Made | None = None  # replaced as a whole, so that threads see one or another
 
     def factor(self, hessian: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
         """:func:`inverse_factor` of a Hessian whose columns were put in an order.
@@ -41,21 +47,22 @@ class LatestFactor:
         places = None if order is None else tuple(order.tolist())
         version = 0 if hessian.is_inference() else hessian._version
         how = version, damping, places
-        if self._of is not None and self._of() is hessian and self._how == how:
-            assert self._factor is not None
-            return self._factor
+        made = self._made
+        if made is not None and made.of() is hessian and made.how == how:
+            return made.factor
         self.forget()
         sorted_ = hessian if order is None else hessian[order][:, order]
-        made = inverse_factor(sorted_.float(), damping)
-        self._of, self._how, self._factor = weakref.ref(hessian, self._died), how, made
-        return made
+        factor = inverse_factor(sorted_.float(), damping)
+        self._made = _Made(weakref.ref(hessian, self._died), how, factor)
+        return factor
 
     def forget(self) -> None:
         """Free what is remembered."""
-        self._of = self._how = self._factor = None
+        self._made = None
 
     def _died(self, dead: weakref.ref[Tensor]) -> None:
-        if dead is self._of:
+        made = self._made
+        if made is not None and made.of is dead:
             self.forget()
 
 
