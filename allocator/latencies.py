@@ -113,7 +113,7 @@ def load_latencies(path: Path) -> LatencyTable:
         ValueError: It cannot be read, or a row is faulty or told twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark first
         json_rows = path.suffix == ".json"
         rows: Any = json.loads(text) if json_rows else list(csv.DictReader(text.splitlines()))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:

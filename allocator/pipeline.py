@@ -8,7 +8,7 @@ goes through the journal, so running this again on the same journal continues wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,6 +66,7 @@ class Outcome:
         found: What the search says besides its best.
         refit: The run's own table corrected by everything that was measured, where it could be.
         latency: For each unit the seconds of each option, where the run minimised them.
+        inherited: What a warm start brought along.
     """
 
     tables: dict[str, LossTable]
@@ -80,6 +81,7 @@ class Outcome:
     found: Found = field(default_factory=lambda: Found({}, "", (), None))
     refit: LossTable | None = None
     latency: tuple[NDArray[np.float64], ...] = ()
+    inherited: tuple[Evaluation, ...] = ()
 
 
 def run_pipeline(stage: Stage) -> Outcome:
@@ -117,6 +119,7 @@ def run_pipeline(stage: Stage) -> Outcome:
         heldout = measuring.all(candidates | extra, "heldout")
     finally:
         measuring.close()
+    inherited = inherited_evaluations(stage.records.records)
     return Outcome(
         tables=tables,
         solution=solution,
@@ -127,9 +130,10 @@ def run_pipeline(stage: Stage) -> Outcome:
         evaluations={"guard": guard, "heldout": heldout},
         num_search_sequences=stage.num_sequences["search"],
         found=built.found(),
-        refit=_refit(stage, built.setting, history),
+        refit=_refit(built.setting, [*inherited, *history.evaluations]),
         spent=_spent(stage),
         latency=built.setting.latency,
+        inherited=inherited,
     )
 
 
@@ -234,9 +238,9 @@ def _spent(stage: Stage) -> Spent:
     return all_spent(stage.records, recorded_evaluations(stage.records.records).values())
 
 
-def _refit(stage: Stage, setting: SearchSetting, history: History) -> LossTable | None:
-    """The run's own table, corrected by its search."""
-    rows = refit(setting, [*inherited_evaluations(stage.records.records), *history.evaluations])
+def _refit(setting: SearchSetting, evaluations: Sequence[Evaluation]) -> LossTable | None:
+    """The run's own table, corrected by what was measured."""
+    rows = refit(setting, evaluations)
     return None if rows is None else LossTable(REFIT, "nats", rows)
 
 

@@ -169,7 +169,8 @@ class Plan(_Strict):
     Bytes: ``achieved_bytes`` is the exact size of the packed safetensors file, header included,
     and of the caches where they are searched; ``searched_bytes`` the payload of the searched
     units. Losses are nats per token, lower is better, measured in ``dtype``. ``lower_bound_nats``
-    and ``gap_nats`` speak of the additive model of ``scorer``; the measured entries speak for
+    and ``gap_nats`` speak of the additive model of ``scorer`` and its solver's plan; they and
+    ``predicted_nats`` are ``None`` where a formula made the plan. The measured entries speak for
     themselves.
     """
 
@@ -187,13 +188,13 @@ class Plan(_Strict):
     dense_bytes: int
     units: tuple[PlanUnit, ...]
     fixed: tuple[FixedTensor, ...]
-    returned: Literal["uniform", "dp", "search"]
+    returned: Literal["uniform", "dp", "search", "formula"]
     scorer: str
     objective: str = "kl"
     dtype: str = "float32"
-    predicted_nats: float
-    lower_bound_nats: float
-    gap_nats: float
+    predicted_nats: float | None
+    lower_bound_nats: float | None
+    gap_nats: float | None
     solver_status: str
     search_nats: dict[str, Measured] = {}
     guard_nats: dict[str, Measured] = {}

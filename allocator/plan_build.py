@@ -111,9 +111,11 @@ def solved_plan(
 def unmeasured_plan(
     space: SearchSpace, budget: Budget, chosen: Assignment, facts: PlanFacts, *, maker: str
 ) -> Plan:
-    """The plan of an assignment of which no loss is known, and who made it."""
+    """The plan of a formula, of which no loss is known, and which formula it is."""
     status = f"by {maker}; nothing was measured"
-    return _allocation(space, budget, chosen, facts).model_copy(update={"solver_status": status})
+    return _allocation(space, budget, chosen, facts).model_copy(
+        update={"returned": "formula", "solver_status": status}
+    )
 
 
 def predicted_loss(table: LossTable, assignment: Assignment) -> float:
@@ -177,9 +179,9 @@ def _allocation(space: SearchSpace, budget: Budget, chosen: Assignment, facts: P
         scorer="",
         objective=facts.objective,
         dtype=facts.dtype,
-        predicted_nats=0.0,
-        lower_bound_nats=0.0,
-        gap_nats=0.0,
+        predicted_nats=None,
+        lower_bound_nats=None,
+        gap_nats=None,
         solver_status="",
         calibration=facts.calibration,
         versions=versions(),
@@ -224,8 +226,8 @@ def _differences(heldout: Mapping[str, Evaluation]) -> dict[str, Paired]:
 
 
 def _search_measured(outcome: Outcome) -> dict[str, Measured]:
-    """Losses on the search text of the candidates that were measured there."""
-    ok = [e for e in outcome.history.evaluations if e.ok]
+    """Losses on the search text of the candidates that were measured there, or earlier."""
+    ok = [e for e in (*outcome.inherited, *outcome.history.evaluations) if e.ok]
     if not ok:
         return {}
     ledger = Ledger(outcome.num_search_sequences)

@@ -78,6 +78,11 @@ class RunFolder:
         return self.path / "plan.json"
 
     @property
+    def front(self) -> Path:
+        """The measured front of a search of several objectives."""
+        return self.path / "front.csv"
+
+    @property
     def frontier(self) -> Path:
         """The additive frontier."""
         return self.path / "frontier.csv"

@@ -133,7 +133,7 @@ def _write(session: Session, finished: Finished) -> None:
         formula = json.dumps(outcome.found.formula, indent=1) + "\n"
         write_whole(session.folder.path / "formula.json", formula)
     if outcome.found.front:
-        write_whole(session.folder.path / "front.csv", front_csv(session.space, outcome))
+        write_whole(session.folder.front, front_csv(session.space, outcome))
     write_whole(session.folder.frontier, frontier_csv(session.space, outcome, session.budget))
     save_plan(finished.plan, session.folder.plan)
     view = gather_view(session.folder, session.config, session.space, outcome, finished.plan)

@@ -31,7 +31,9 @@ from allocator.run_texts import (
     record_weighing,
     text_record,
 )
+from allocator.same_run import lasting
 from allocator.search_build import check_search
+from allocator.study_storage import without_password
 from allocator.tables import TableStore
 from allocator.warm_start import read_warm_start
 from objectives.calibration import SPLITS, Calibration
@@ -116,28 +118,22 @@ def begin(
     device = resolve_device(config.measure.device)
     dtype = str(resolve_dtype(config.measure.dtype, device)).removeprefix("torch.")
     settled = config.measure.model_copy(update={"dtype": dtype, "threads": threads})
-    # A folder's whole path, for whoever resumes from elsewhere.
-    model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
-    search = config.search
-    if search.latencies is not None:
-        whole = str(Path(search.latencies).resolve())
-        search = search.model_copy(update={"latencies": whole})
-    config = config.model_copy(update={"measure": settled, "model": model, "search": search})
-    folder.make()
+    source = config.search.warm_start
+    config = lasting(config).model_copy(update={"measure": settled})
     meter = TokenMeter()
     if config.data.also and not config.data.weights:
         reporter.stage("weighing the texts", None)
         weights, meter = find_weights(config.measure, loaded, space, texts)
         weighed = config.data.model_copy(update={"weights": weights})
         config = config.model_copy(update={"data": weighed})
+    identity = identify(loaded)
+    header = _header(config, identity, space, text_record(config.data, texts))
+    carried = None if source is None else _carry_over(source, space, header, folder, reporter)
+    folder.make()
     for number, text in enumerate(texts):
         text.save(folder.text(number))
     save_space(space, folder.space)
     save_config(config, folder.config)
-    identity = identify(loaded)
-    header = _header(config, identity, space, text_record(config.data, texts))
-    source = config.search.warm_start
-    carried = None if source is None else _carry_over(source, space, header, folder, reporter)
     with Journal.create(folder.journal, header) as journal:
         record_weighing(meter, journal)
         if carried is not None:
@@ -162,7 +158,7 @@ def _carry_over(
         )
     return {
         "type": "warm_start",
-        "source": source,
+        "source": without_password(source),
         "starts": [list(start) for start in known.starts],
         "evaluations": [evaluation.to_json() for evaluation in known.evaluations],
         "differs": list(known.differs),

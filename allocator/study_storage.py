@@ -37,6 +37,22 @@ def is_storage(text: str) -> bool:
     return "://" in address or address.startswith("journal:") or address.endswith(".log")
 
 
+def without_password(text: str) -> str:
+    """An address as it may be written down; the driver then asks its own file or environment."""
+    address, mark, study = text.partition("#")
+    if "://" not in address:
+        return text
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(address)
+    except (ArgumentError, ValueError):  # refused where it is read
+        return text
+    without = url._replace(password=None)  # set() takes None for no change
+    return without.render_as_string(hide_password=False) + mark + study
+
+
 @contextmanager
 def open_storage(text: str, *, create: bool) -> Iterator[OpenStorage]:
     """Any storage of Optuna's by its address, closed at the end and Optuna's notes kept quiet.

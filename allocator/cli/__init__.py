@@ -20,6 +20,8 @@ from allocator.cli.studies import export_study_verb
 from allocator.cli.terminal import errors
 from allocator.cli.transferring import transfer_formula
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="allocator",
     help="Find the allocation of bits that loses least under an exact byte budget.",
@@ -40,9 +42,10 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         app()
-    except KeyboardInterrupt:
-        errors.print("interrupted: nothing measured is lost, 'allocator resume' continues the run")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:  # typer has made it of a KeyboardInterrupt
+            errors.print("interrupted: a run loses nothing, 'allocator resume RUN' continues it")
+        raise
     except ValueError as error:
         errors.print(f"error: {one_sentence(error)}", markup=False, highlight=False)
         sys.exit(2)

@@ -238,7 +238,9 @@ def _print_facts(plan: Plan) -> None:
     facts.add_row("stored", f"{plan.achieved_bytes:,} bytes ({format_bytes(plan.achieved_bytes)})")
     facts.add_row("slack", f"{plan.slack_bytes:,} bytes")
     facts.add_row("bits per weight", f"{plan.bits_per_weight:.4f}")
-    facts.add_row("returned", f"{plan.returned}; {plan.solver_status}")
+    of_solver = plan.returned in ("dp", "formula")
+    status = plan.solver_status if of_solver else f"the solver's own plan is {plan.solver_status}"
+    facts.add_row("returned", f"{plan.returned}; {status}")
     for name, entry in plan.heldout_nats.items():
         facts.add_row(
             f"held-out {name}",

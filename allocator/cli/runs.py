@@ -251,7 +251,10 @@ def print_finished(run: Finished) -> None:
         f"additive optimum proved to {plan.gap_nats:.2g}",
         markup=False,
     )
-    for label, path in (("plan", run.folder.plan), ("report", run.folder.report)):
+    paths = [("plan", run.folder.plan), ("report", run.folder.report)]
+    if run.outcome.found.front:
+        paths.append(("front", run.folder.front))
+    for label, path in paths:
         console.print(f"{label}: {path}", markup=False, soft_wrap=True)
 
 
@@ -264,9 +267,13 @@ def summary(run: Finished) -> dict[str, Any]:
 def _run_all(
     config: RunConfig, budgets: tuple[str, ...], *, runs: Path, name: str | None, quiet: bool
 ) -> list[Finished]:
-    """One run per budget, each checked before the first starts."""
+    """One run per budget, each checked before the first starts.
+
+    Of several budgets those that an earlier session of the same command began are continued.
+    """
     from allocator.bench import BenchPool
-    from allocator.runner import start_run
+    from allocator.runner import resume_run, start_run
+    from allocator.same_run import continues
     from allocator.session import check_start, default_name, name_word
 
     names = [default_name(config.model, word) for word in budgets]
@@ -277,14 +284,20 @@ def _run_all(
         (config.model_copy(update={"budget": word}), run_folder(runs, folder))
         for word, folder in zip(budgets, names, strict=True)
     ]
+    begun = [len(jobs) > 1 and continues(one, folder) for one, folder in jobs]
     if len(jobs) > 1:  # a mistake in the last budget must not show after hours of the first
-        for one, folder in jobs:
-            check_start(one, folder)
+        for (one, folder), is_begun in zip(jobs, begun, strict=True):
+            if not is_begun:
+                check_start(one, folder)
     found = []
     pool = BenchPool()
-    for one, folder in jobs:
+    for (one, folder), is_begun in zip(jobs, begun, strict=True):
         with reporting(quiet=quiet) as reporter:
-            found.append(start_run(one, folder, reporter, pool))
+            if is_begun:
+                reporter.note(f"{folder.path} holds this run already: it is continued")
+                found.append(resume_run(folder, reporter))
+            else:
+                found.append(start_run(one, folder, reporter, pool))
         if not quiet:
             print_finished(found[-1])
     return found

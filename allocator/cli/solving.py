@@ -43,7 +43,8 @@ def solve(
     as_json: Json = False,
 ) -> None:
     """Solve new budgets from a run's loss table, without the model and without measuring."""
-    from allocator.plan_build import PlanFacts, solved_plan  # loads torch
+    from allocator.pipeline import REFIT  # these load torch
+    from allocator.plan_build import PlanFacts, solved_plan
 
     folder = existing_run(run, runs)
     space = load_space(folder.space)
@@ -51,7 +52,12 @@ def solve(
     plan = load_plan(folder.plan)
     name = scorer or plan.scorer
     if name not in tables:
-        raise ValueError(f"the run has no table of {name!r}; it has {', '.join(tables)}")
+        why = (
+            ": its search measured too little to correct one, 'allocator resume' with more trials"
+            if name == REFIT
+            else ""
+        )
+        raise ValueError(f"the run has no table of {name!r}{why}; it has {', '.join(tables)}")
     facts = PlanFacts(plan.model, plan.calibration, plan.objective, plan.dtype)
     timing = _timing(latencies, limit)
     limits = [] if timing is None else [latency_constraint(space, *timing)]
@@ -65,6 +71,7 @@ def solve(
         solution = _solved(chosen.solve(problem), word, limit)
         made = solved_plan(space, resolved, tables[name], solution, facts)
         words = [name, word.replace("%", "pct"), *([] if limit is None else [limit.strip()])]
+        words += [] if solver in (None, "dynamic") else [solver]
         path = destination / f"plan-{'-'.join(words)}.json"
         save_plan(made, path)
         row: dict[str, Any] = {"plan": str(path)}
@@ -109,8 +116,8 @@ def _print(rows: Sequence[dict[str, Any]], losses: LossTable, plan: Plan) -> Non
     timed = "latency_seconds" in rows[0]
     unit = plan.loss_unit if losses.unit == "nats" else losses.unit
     table = Table("budget", "stored bytes", "bits/weight", f"predicted ({unit})", "lower bound")
-    for column in ("latency", "plan") if timed else ("plan",):
-        table.add_column(column)
+    if timed:
+        table.add_column("latency")
     for row in rows:
         cells = [
             row["budget_text"],
@@ -119,7 +126,8 @@ def _print(rows: Sequence[dict[str, Any]], losses: LossTable, plan: Plan) -> Non
             f"{row['predicted_nats']:.5g}",
             f"{row['lower_bound_nats']:.5g}",
             *([f"{1e3 * row['latency_seconds']:.4g} ms"] if timed else []),
-            row["plan"],
         ]
         table.add_row(*cells)
     console.print(table)
+    for row in rows:
+        console.print(f"{row['budget_text']}: {row['plan']}", markup=False, soft_wrap=True)

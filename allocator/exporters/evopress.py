@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 FILE_NAME = "plan.txt"
 LEVELS_NAME = "levels.json"
 DENSE_LEVEL = 16
+_NEEDS_DATABASE = (
+    f"EvoPress loads MODULE/LEVEL.pth for every line, {DENSE_LEVEL} for matrices kept dense; "
+    "export with --model to make that database."
+)
 _FIRST_NUMBERED = 100
 
 
@@ -75,10 +79,7 @@ class EvoPressExporter:
         levels = _levels(lines)
         text = "".join(f"{line.module}: {levels[line.operator]}\n" for line in lines)
         files = [write_text(destination, FILE_NAME, text)]
-        notes = [
-            f"EvoPress loads MODULE/LEVEL.pth for every line, {DENSE_LEVEL} for matrices kept "
-            "dense; export with --model to make that database."
-        ]
+        notes = [_NEEDS_DATABASE]
         if max(levels.values(), default=0) >= _FIRST_NUMBERED:
             named = {str(levels[o]): operator_to_json(o) for o in levels}
             files.append(write_text(destination, LEVELS_NAME, json.dumps(named, indent=1) + "\n"))
@@ -122,7 +123,8 @@ class EvoPressExporter:
                 except (OSError, RuntimeError) as error:  # the latter: torch's full disk
                     raise ValueError(f"cannot write {path}: {error}") from error
                 files.append(path)
-        return Receipt(tuple(files), receipt.num_units, receipt.notes)
+        notes = tuple(note for note in receipt.notes if note != _NEEDS_DATABASE)
+        return Receipt(tuple(files), receipt.num_units, notes)
 
     def verify(self, plan: Plan, artefact: Path) -> list[Mismatch]:
         """Parse the file as EvoPress does and compare; check that the database has every level.

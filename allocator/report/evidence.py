@@ -146,14 +146,18 @@ def search_section(view: RunView) -> Markup:
     return section(title, columns(progress, agreement), table)
 
 
+def _estimate(value: float | None, unit: str) -> str:
+    return "none" if value is None else f"{number(value)} {unit}"
+
+
 def bound_section(view: RunView) -> Markup:
     """The solver's proof and its reach."""
     plan, unit = view.plan, view.predicted_unit
     rows = [
         ("Solver's answer", plan.solver_status),
-        ("Lower bound for any plan", f"{number(plan.lower_bound_nats)} {unit}"),
-        ("Gap of the DP plan", f"{number(plan.gap_nats)} {unit}"),
-        ("Predicted loss of the returned plan", f"{number(plan.predicted_nats)} {unit}"),
+        ("Lower bound for any plan", _estimate(plan.lower_bound_nats, unit)),
+        ("Gap of the DP plan", _estimate(plan.gap_nats, unit)),
+        ("Predicted loss of the returned plan", _estimate(plan.predicted_nats, unit)),
     ]
     reach = (
         f"The bound proves that no assignment within the budget has a smaller sum of {plan.scorer} "

@@ -57,9 +57,19 @@ class DescentOptions:
     level: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("first_sequences", "attempts", "patience", "rung_sequences"):
+        whole = ("first_sequences", "attempts", "patience", "race_sequences", "rung_sequences")
+        for name in whole:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.most_sequences < self.first_sequences:
+            raise ValueError(
+                f"expected at least first_sequences ({self.first_sequences}) as most_sequences, "
+                f"got {self.most_sequences}"
+            )
+        if not 0 < self.damping < math.inf:
+            raise ValueError(f"damping must be positive and finite, got {self.damping}")
+        if not 0 < self.level < 0.5:
+            raise ValueError(f"level must be above 0 and below 0.5, got {self.level}")
         if not 0 < self.bolder < 1 < self.calmer:
             raise ValueError(
                 f"expected bolder < 1 < calmer, got bolder {self.bolder} and calmer {self.calmer}"

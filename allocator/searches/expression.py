@@ -180,11 +180,11 @@ class Formula:
         Raises:
             ValueError: It names what is not in the operator table.
         """
-        return cls(
-            tuple(data["pre"]),
-            data["reduction"],
-            tuple(data["post"]),
-            data["sign"],
-            data["spread"],
-            data["group"],
-        )
+        names = ("pre", "reduction", "post", "sign", "spread", "group")
+        pre, reduction, post, sign, spread, group = (data[name] for name in names)
+        for stage, given in (("pre", pre), ("post", post)):
+            if not isinstance(given, list):
+                raise ValueError(f"formula: expected a list as {stage}, got {given!r}")
+        if not isinstance(spread, int | float):
+            raise ValueError(f"formula: expected a number as spread, got {spread!r}")
+        return cls(tuple(pre), reduction, tuple(post), sign, spread, group)

@@ -66,6 +66,10 @@ class FormulaOptions:
             raise ValueError("expected at least one random formula, parent and step to remeasure")
         if not self.spreads or not self.groups or set(self.groups) - set(GROUPS):
             raise ValueError(f"expected spreads, and groups of {GROUPS}, got {self.groups}")
+        if not all(0 < spread <= 0.5 for spread in self.spreads):
+            raise ValueError(f"expected spreads above 0, at most 0.5, got {self.spreads}")
+        if not 0 <= self.crossover <= 1:
+            raise ValueError(f"expected a crossover of 0 to 1, got {self.crossover}")
 
 
 _DEFAULTS = FormulaOptions()

@@ -4,9 +4,10 @@ Some text is harder than other text, and the spread between sequences is far lar
 difference between good assignments. The loss of assignment ``a`` on sequence ``s`` is modelled as
 ``loss[a] + effect[s]`` plus noise and fitted by least squares over everything that was told, so
 that an assignment is not called better for having met easy text. Assignments that share no
-sequence are compared through those that link them; where nothing links, assignments count as draws
-from one population. That is weak when they differ much: searches should measure something on every
-window they use.
+sequence are compared through those that link them. Where nothing links two sets of sequences, both
+their difficulty and the assignments met there count as draws from populations, and whichever varies
+less within the sets says more about what differs between them. That is weak: searches should
+measure something on every window they use.
 
 With every assignment on every sequence this is the plain mean.
 """
@@ -18,11 +19,15 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from objectives.evaluation import Evaluation
 from search_spaces.space import Assignment
 
 _LEAST_PRIOR = 1e-3  # keeps the system regular where nothing links two sets of sequences
+_LEAST_SHARE, _MOST_SHARE = 1e-6, 1e3  # where the variances of two populations are compared
+_TINY = float(np.finfo(float).tiny)
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class _Fit:
 
     means: NDArray[np.float64]
     standard_errors: NDArray[np.float64]
+    effects: NDArray[np.float64]
+    noise: float
 
 
 class Ledger:
@@ -107,15 +114,52 @@ def _fit(table: list[dict[int, float]]) -> _Fit:
         for index, value in row.items():
             seen[i, columns[index]] = 1.0
             values[i, columns[index]] = value
-    first, noise = _fit_additive(seen, values, _LEAST_PRIOR)
-    alike = noise / max(float(first.means.var()), np.finfo(float).tiny)
-    return _fit_additive(seen, values, min(max(alike, _LEAST_PRIOR), 1.0))[0]
+    sets, rows, sequences = _components(seen)
+    first = _fit_additive(seen, values, sets=sets)
+    alike = first.noise / max(float(first.means.var()), _TINY)
+    prior = min(max(alike, _LEAST_PRIOR), 1.0)
+    if sets == 1:
+        return _fit_additive(seen, values, prior)
+    text = _within(first.effects, sequences)
+    if text is None:  # one sequence in each set: nothing says how much text differs
+        return _fit_additive(seen, values, prior, sets=sets)
+    losses = _within(first.means, rows)
+    variances = np.array([np.inf if losses is None else losses, text])
+    noise = max(first.noise, _LEAST_SHARE * float(variances[np.isfinite(variances)].max()))
+    # by how many sequences an assignment, and an effect, is known before any
+    shares = np.minimum(noise / np.maximum(variances, _TINY), _MOST_SHARE)
+    return _fit_additive(seen, values, max(shares[0], _LEAST_SHARE), shares[1], sets=sets)
+
+
+def _components(
+    seen: NDArray[np.float64],
+) -> tuple[int, NDArray[np.intp], NDArray[np.intp]]:
+    """How many sets nothing links; the set of each assignment, and of each sequence."""
+    rows, columns = np.nonzero(seen)
+    size = sum(seen.shape)
+    graph = coo_array((np.ones(len(rows)), (rows, columns + len(seen))), shape=(size, size))
+    count, found = connected_components(graph, directed=False)
+    labels = found.astype(np.intp)
+    return int(count), labels[: len(seen)], labels[len(seen) :]
+
+
+def _within(values: NDArray[np.float64], labels: NDArray[np.intp]) -> float | None:
+    """Variance of values around the means of their sets; ``None`` if each stands alone."""
+    counts = np.bincount(labels)
+    means = np.bincount(labels, values) / np.maximum(counts, 1)
+    freedom = len(values) - int((counts > 0).sum())
+    return float(((values - means[labels]) ** 2).sum() / freedom) if freedom else None
 
 
 def _fit_additive(
-    seen: NDArray[np.float64], values: NDArray[np.float64], prior: float
-) -> tuple[_Fit, float]:
-    """Two-way additive least squares, assignments drawn to their common mean.
+    seen: NDArray[np.float64],
+    values: NDArray[np.float64],
+    prior: float = _LEAST_PRIOR,
+    text_prior: float = 0.0,
+    *,
+    sets: int = 1,
+) -> _Fit:
+    """Two-way additive least squares, assignments and effects drawn to their common means.
 
     The assignments are eliminated first, which leaves one small system C in the effects; the common
     mean lives in the effects. The variance of a row mean given the effects is
@@ -126,22 +170,24 @@ def _fit_additive(
         values: The same shape, 0 where there is none.
         prior: Variance of the noise over that of the assignments: each is drawn to the mean as if
             by so many more sequences.
-
-    Returns:
-        The fit, and the variance of the noise.
+        text_prior: The same for the effects of sequences; 0 draws them to nothing.
+        sets: How many sets of sequences nothing links.
     """
     counts = seen.sum(1)
+    num_sequences = seen.shape[1]
     drawn = seen / (counts + prior)[:, None]
     system = np.diag(seen.sum(0)) - seen.T @ drawn
+    system += text_prior * (np.eye(num_sequences) - 1 / num_sequences)
     effects = np.linalg.solve(system, values.sum(0) - drawn.T @ values.sum(1))
     losses = (values.sum(1) - seen @ effects) / counts
     residuals = seen * (values - effects - losses[:, None])
-    freedom = seen.sum() - len(seen) - seen.shape[1] + 1
+    freedom = seen.sum() - len(seen) - num_sequences + sets
     if freedom < 1:  # effects cannot be told from noise yet: the raw spread stands in
         raw = values[seen > 0]
         noise = float(raw.var(ddof=1)) if len(raw) > 1 else 0.0
     else:
         noise = float((residuals**2).sum() / freedom)
-    contrast = seen / counts[:, None] - 1.0 / seen.shape[1]
+    contrast = seen / counts[:, None] - 1.0 / num_sequences
     spread = (contrast * np.linalg.solve(system, contrast.T).T).sum(1)
-    return _Fit(losses + float(effects.mean()), np.sqrt(noise * (1.0 / counts + spread))), noise
+    errors = np.sqrt(noise * (1.0 / counts + spread))
+    return _Fit(losses + float(effects.mean()), errors, effects, noise)

@@ -12,6 +12,7 @@ text first. So the search begins on a few windows of the split and opens more as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -65,6 +66,15 @@ class SamplingOptions:
         for name in whole:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
+        if not 0 < self.least_changes <= self.first_changes <= 1:
+            raise ValueError(
+                "expected 0 < least_changes <= first_changes <= 1, got "
+                f"{self.least_changes} and {self.first_changes}"
+            )
+        if not 0 < self.shrink <= 1:
+            raise ValueError(f"shrink must be above 0, at most 1, got {self.shrink}")
 
 
 _DEFAULTS = SamplingOptions()

@@ -12,7 +12,6 @@ decodes to nearly the same assignment: what was measured is then said of the poi
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +26,9 @@ from allocator.solvers.dynamic import Oracle
 from search_spaces.space import Assignment
 
 _MOST_MOVED = 0.05  # share of an assignment's bytes that its point may put elsewhere
+
+
+_WIDEST = 50.0  # beyond it multiplied losses overflow
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class ReducedOptions:
     remeasure_every: int = 4
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.log_range) and self.log_range > 0):
-            raise ValueError(f"expected a positive log range, got {self.log_range}")
+        if not 0 < self.log_range <= _WIDEST:
+            raise ValueError(f"expected a log range of 0 to {_WIDEST:g}, got {self.log_range}")
         if self.num_bands < 1:
             raise ValueError(f"expected at least one depth band, got {self.num_bands}")
         if self.remeasure_every < 0:

@@ -13,6 +13,7 @@ posteriors are exact, and a posterior sample of the whole table is one small lin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -53,6 +54,13 @@ class Spreads:
     offset: float = 0.2
     misfit: float = 0.05
     noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"spreads: {name} must be finite and at least 0, got {value}")
+        if self.noise == 0:
+            raise ValueError("spreads: noise must be above 0: measurements are not exact")
 
     def scaled(self, *, corrections: float, pairs: float, misfits: float, noise: float) -> Spreads:
         """With the cells' corrections, pairs, misfit and noise multiplied."""

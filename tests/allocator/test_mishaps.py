@@ -2,14 +2,18 @@
 
 import json
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
-from cli_runs import MODEL, TEXT, allocator, records, search_arguments, succeed
+from cli_runs import MODEL, TEXT, allocator, records, search_arguments, start, succeed
 
 from allocator.config import load_config
+from allocator.plan import load_plan
 from allocator.run_folder import RunFolder
 from allocator.session import default_name
+from allocator.study_storage import without_password
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +187,44 @@ def test_names_of_runs_are_made_to_fit(tmp_path):
 def test_sentences_name_what_was_wrong(words, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert sentence in refused(*words)
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path):
+    words = search_arguments(runs=tmp_path, name="run", trials=4000, search="random")
+    process = start(*words)
+    while not (tmp_path / "run" / "journal.jsonl").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "a run loses nothing, 'allocator resume RUN' continues it" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_command_of_several_budgets_goes_on_where_it_was_killed(tmp_path):
+    words = {"runs": tmp_path, "budget": "2.6bpw,3bpw,3.5bpw", "trials": 4, "name": "all"}
+    succeed(*search_arguments(**words))
+    folders = [tmp_path / f"all-{budget}" for budget in ("2.6bpw", "3bpw", "3.5bpw")]
+    plans = [load_plan(folder / "plan.json") for folder in folders]
+    journal = folders[1] / "journal.jsonl"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-3]))
+    (folders[1] / "plan.json").unlink()
+    shutil.rmtree(folders[2])
+    succeed(*search_arguments(**words))
+    for folder, before in zip(folders, plans, strict=True):
+        after = load_plan(folder / "plan.json")
+        assert (after.units, after.search) == (before.units, before.search)
+        assert after.heldout_nats == before.heldout_nats
+    other = refused(*search_arguments(**words | {"trials": 5}))
+    assert "already holds a run" in other
+
+
+def test_a_source_that_cannot_be_read_leaves_nothing_and_no_password(tmp_path):
+    source = "postgresql://user:secret@localhost:1/none#study"
+    said = refused(*search_arguments(runs=tmp_path, name="run", warm_start=source))
+    assert "postgresql" in said
+    assert "secret" not in said
+    assert not (tmp_path / "run").exists()
+    assert without_password(source) == "postgresql://user@localhost:1/none#study"
+    assert without_password("runs/first") == "runs/first"

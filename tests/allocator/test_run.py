@@ -218,8 +218,13 @@ def test_new_budgets_are_solved_without_the_model(tmp_path):
         "--solver", "lagrangian", "-o", tmp_path / "plans",
     )  # fmt: skip
     assert "fisher" in fisher
-    assert load_plan(tmp_path / "plans" / "plan-fisher-3bpw.json").scorer == "fisher"
-    assert "nats" in succeed("show", folder)
+    path = tmp_path / "plans" / "plan-fisher-3bpw-lagrangian.json"
+    assert load_plan(path).scorer == "fisher"
+    assert str(path) in fisher
+    shown = succeed("show", folder)
+    assert "nats" in shown
+    whose = "" if load_plan(folder / "plan.json").returned == "dp" else "the solver's own plan is "
+    assert f"; {whose}proved optimal for the additive model" in shown
     assert str(folder / "report.html") in succeed("report", folder)
 
 

@@ -87,6 +87,9 @@ def test_warm_start_knows_what_the_first_run_measured(first):
     best = load(second / "plan.json")["search_nats"]["returned"]["nats"]
     assert best <= 1.05 * load(first / "plan.json")["search_nats"]["returned"]["nats"]
     assert not set(measured_keys(first)[:2]) & set(measured_keys(second)[:2])
+    known = [nats for nats, _ in read_measured_run(RunFolder(second)).losses().values()]
+    reported = load(second / "plan.json")["search_nats"]["returned"]["nats"]
+    assert any(reported == pytest.approx(nats) for nats in known), "with what was inherited"
 
 
 def test_warm_start_on_other_text_carries_assignments(first):

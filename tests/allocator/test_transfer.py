@@ -51,6 +51,7 @@ def test_a_formula_serves_another_model(found, other, tmp_path):
     assert plan.bits_per_weight > 2.9, "the budget is used"
     assert {unit.depth for unit in plan.units} == set(range(2 + _depth(MODEL)))
     assert plan.heldout_nats == {}
+    assert (plan.returned, plan.predicted_nats, plan.gap_nats) == ("formula", None, None)
     assert "nothing was measured" in plan.solver_status
     assert "nothing was measured" in succeed("show", tmp_path / "first")
     assert "wrote" not in succeed(*words, "-o", tmp_path / "second")
@@ -111,7 +112,12 @@ def test_a_transfer_that_fails_leaves_nothing_behind(tmp_path):
         (
             '{"pre": [], "reduction": "mean", "post": ["abs"], "sign": -1, "spread": "wide", '
             '"group": "unit"}',
-            "holds no formula",
+            "expected a number as spread, got 'wide'",
+        ),
+        (
+            '{"pre": "abs", "reduction": "mean", "post": ["abs"], "sign": -1, "spread": 0.1, '
+            '"group": "unit"}',
+            "expected a list as pre, got 'abs'",
         ),
     ],
 )

@@ -82,6 +82,31 @@ def test_recovers_order_under_sequence_effects(seed, linked):
         assert losses[ledger.best()[0]] < 1.1
 
 
+def test_an_outlier_does_not_make_its_text_look_hard():
+    """One bad start on a window that nothing links to another leaves the others as measured."""
+    ledger = Ledger(8)
+    shape = np.array([1.3, 0.8, 1.1, 0.8])
+    for index, loss in enumerate([0.76, 0.066, 0.07, 0.08, 0.065]):
+        ledger.add(evaluation(index, 0, loss * shape))
+    ledger.add(evaluation(5, 4, [0.0864, 0.0404, 0.071, 0.0371]))
+    found = [ledger.adjusted((index,))[0] for index in range(6)]
+    assert found == pytest.approx([0.76, 0.066, 0.07, 0.08, 0.065, 0.0587], abs=0.003)
+    assert ledger.best() == (5,)
+
+
+def test_assignments_alike_tell_hard_text_from_easy_where_nothing_links():
+    """Losses of 3 and of 1 for the same assignments: it is the text."""
+    ledger = Ledger(12)
+    rng = np.random.default_rng(1)
+    hard, easy = rng.normal(3.0, 0.4, 6), rng.normal(1.0, 0.4, 6)
+    offsets = np.linspace(-0.05, 0.05, 5)
+    for index, offset in enumerate(offsets):
+        ledger.add(evaluation(index, 0, hard + offset))
+        ledger.add(evaluation(5 + index, 6, easy + offset))
+    found = np.array([ledger.adjusted((index,))[0] for index in range(10)])
+    assert found[:5] - found[5:] == pytest.approx(np.zeros(5), abs=0.1)
+
+
 def test_standard_error_covers_the_truth():
     """About 95 % of adjusted losses lie within two standard errors, relative to their mean."""
     covered = []

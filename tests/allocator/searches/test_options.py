@@ -105,3 +105,25 @@ def test_words_are_numbers_truth_values_or_words():
     for wrong in (["a"], ["=1"], ["a="], ["a=1", "a=2"]):
         with pytest.raises(ValueError, match="--search-option"):
             parse_options(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "sentence"),
+    [
+        ("model_guided", "sampling.spreads.noise=0", "noise must be above 0"),
+        ("model_guided", "sampling.spreads.unit=-1", "unit must be finite and at least 0"),
+        ("model_guided", "sampling.temperature=-1", "temperature must be finite"),
+        ("model_guided", "sampling.shrink=0", "shrink must be above 0"),
+        ("model_guided", "sampling.first_changes=0.05", "least_changes <= first_changes"),
+        ("model_guided", "descent.damping=0", "damping must be positive"),
+        ("model_guided", "descent.race_sequences=-3", "race_sequences must be at least 1"),
+        ("model_guided", "descent.level=5", "level must be above 0"),
+        ("model_guided", "descent.most_sequences=1", "at least first_sequences"),
+        ("formula", "spreads=-1", "spreads above 0"),
+        ("formula", "crossover=7", "crossover of 0 to 1"),
+        ("tpe", "log_range=500", "log range of 0 to 50"),
+    ],
+)
+def test_values_out_of_range_are_refused_before_a_search(name, option, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check_options(name, parse_options([option]))
