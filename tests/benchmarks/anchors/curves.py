@@ -12,6 +12,9 @@ from seeds import OURS, interval, place_order
 COLUMNS = 3
 """Panels beside each other."""
 
+LEAST_STEP = 1.6
+"""Ratio of two labelled numbers of tokens."""
+
 MARKERS = "s^vDPX*<>phd"
 """Of one-shots; searches have lines."""
 
@@ -133,11 +136,21 @@ def label_tokens(axes, shown, first: float) -> None:
     for tokens in sorted({t for points in shown.values() for t in points}):
         if tokens > 4 * ticks[-1]:  # one-shots that read more than any search
             ticks.append(tokens)
+    ticks = apart(ticks)
     labels = [f"{t / 1000:.3g}k" if t < 999_500 else f"{t / 1e6:.3g}M" for t in ticks]
     if any(name != "uniform" and 0 in points for name, points in shown.items()):
         ticks, labels = [first, *ticks], ["0", *labels]
     axes.set_xticks(ticks, labels, fontsize=8)
     axes.minorticks_off()
+
+
+def apart(ticks: list[int]) -> list[int]:
+    """Without those whose labels would touch the one before."""
+    kept: list[int] = []
+    for tokens in ticks:
+        if not kept or tokens >= LEAST_STEP * kept[-1]:
+            kept.append(tokens)
+    return kept
 
 
 def add_legend(grid) -> None:
