@@ -68,8 +68,8 @@ class DescentOptions:
             )
         if not 0 < self.damping < math.inf:
             raise ValueError(f"damping must be positive and finite, got {self.damping}")
-        if not 0 < self.level < 0.5:
-            raise ValueError(f"level must be above 0 and below 0.5, got {self.level}")
+        if not 0 <= self.level < 0.5:
+            raise ValueError(f"level must be 0 to below 0.5, got {self.level}")
         if not 0 < self.bolder < 1 < self.calmer:
             raise ValueError(
                 f"expected bolder < 1 < calmer, got bolder {self.bolder} and calmer {self.calmer}"

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -100,7 +101,13 @@ def start(*words):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=_heed_interrupts,
     )
+
+
+def _heed_interrupts():
+    """Tests that run in a shell's background were told to ignore them, and so would be theirs."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def load(path):

@@ -191,12 +191,15 @@ def test_sentences_name_what_was_wrong(words, sentence, tmp_path, monkeypatch):
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     words = search_arguments(runs=tmp_path, name="run", trials=4000, search="random")
-    process = start(*words)
-    while not (tmp_path / "run" / "journal.jsonl").exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    with start(*words) as process:
+        try:
+            while not (tmp_path / "run" / "journal.jsonl").exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "a run loses nothing, 'allocator resume RUN' continues it" in errors
     assert "Traceback" not in errors

@@ -117,7 +117,7 @@ def test_words_are_numbers_truth_values_or_words():
         ("model_guided", "sampling.first_changes=0.05", "least_changes <= first_changes"),
         ("model_guided", "descent.damping=0", "damping must be positive"),
         ("model_guided", "descent.race_sequences=-3", "race_sequences must be at least 1"),
-        ("model_guided", "descent.level=5", "level must be above 0"),
+        ("model_guided", "descent.level=5", "level must be 0 to below 0.5"),
         ("model_guided", "descent.most_sequences=1", "at least first_sequences"),
         ("formula", "spreads=-1", "spreads above 0"),
         ("formula", "crossover=7", "crossover of 0 to 1"),
