@@ -14,16 +14,21 @@ from allocator.study_storage import without_password
 
 
 def continues(config: RunConfig, folder: RunFolder) -> bool:
-    """Whether a folder holds a run of this very configuration, ended or not."""
-    return folder.begun and _wish(load_config(folder.config)) == _wish(config)
+    """Whether a folder holds a run of this very configuration, ended or not.
 
-
-def _wish(config: RunConfig) -> RunConfig:
-    """What was asked for, without what a session settles."""
-    config = lasting(config)
-    measure = config.measure.model_copy(update={"dtype": "auto", "threads": 0})
-    data = config.data.model_copy(update={"weights": ()})
-    return config.model_copy(update={"measure": measure, "data": data})
+    What the configuration leaves open is as the run has settled it.
+    """
+    if not folder.begun:
+        return False
+    held = load_config(folder.config)
+    wanted = lasting(config)
+    settled = {
+        "dtype": held.measure.dtype if wanted.measure.dtype == "auto" else wanted.measure.dtype,
+        "threads": wanted.measure.threads or held.measure.threads,
+    }
+    measure = wanted.measure.model_copy(update=settled)
+    data = wanted.data.model_copy(update={"weights": wanted.data.weights or held.data.weights})
+    return held == wanted.model_copy(update={"measure": measure, "data": data})
 
 
 def lasting(config: RunConfig) -> RunConfig:

@@ -284,16 +284,16 @@ def _run_all(
         (config.model_copy(update={"budget": word}), run_folder(runs, folder))
         for word, folder in zip(budgets, names, strict=True)
     ]
-    begun = [len(jobs) > 1 and continues(one, folder) for one, folder in jobs]
-    if len(jobs) > 1:  # a mistake in the last budget must not show after hours of the first
-        for (one, folder), is_begun in zip(jobs, begun, strict=True):
-            if not is_begun:
+    several = len(jobs) > 1
+    if several:  # a mistake in the last budget must not show after hours of the first
+        for one, folder in jobs:
+            if not continues(one, folder):
                 check_start(one, folder)
     found = []
     pool = BenchPool()
-    for (one, folder), is_begun in zip(jobs, begun, strict=True):
+    for one, folder in jobs:
         with reporting(quiet=quiet) as reporter:
-            if is_begun:
+            if several and folder.begun:
                 reporter.note(f"{folder.path} holds this run already: it is continued")
                 found.append(resume_run(folder, reporter))
             else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -42,10 +42,6 @@ if TYPE_CHECKING:
 FILE_NAME = "plan.txt"
 LEVELS_NAME = "levels.json"
 DENSE_LEVEL = 16
-_NEEDS_DATABASE = (
-    f"EvoPress loads MODULE/LEVEL.pth for every line, {DENSE_LEVEL} for matrices kept dense; "
-    "export with --model to make that database."
-)
 _FIRST_NUMBERED = 100
 
 
@@ -75,11 +71,19 @@ class EvoPressExporter:
             ValueError: A compressed parameter that is not the weight matrix of its module,
                 or a folder that cannot be written.
         """
+        receipt = self._write_plan(plan, destination)
+        missing = (
+            f"EvoPress loads MODULE/LEVEL.pth for every line, {DENSE_LEVEL} for matrices kept "
+            "dense; export with --model to make that database."
+        )
+        return replace(receipt, notes=(missing, *receipt.notes))
+
+    def _write_plan(self, plan: Plan, destination: Path) -> Receipt:
         lines = tuple(_lines(plan))
         levels = _levels(lines)
         text = "".join(f"{line.module}: {levels[line.operator]}\n" for line in lines)
         files = [write_text(destination, FILE_NAME, text)]
-        notes = [_NEEDS_DATABASE]
+        notes = []
         if max(levels.values(), default=0) >= _FIRST_NUMBERED:
             named = {str(levels[o]): operator_to_json(o) for o in levels}
             files.append(write_text(destination, LEVELS_NAME, json.dumps(named, indent=1) + "\n"))
@@ -104,7 +108,7 @@ class EvoPressExporter:
         from allocator.apply import check_loaded, compressed
 
         check_loaded(plan, loaded)
-        receipt = self.write(plan, destination)
+        receipt = self._write_plan(plan, destination)
         lines = {line.member: line for line in _lines(plan)}
         levels = _levels(tuple(lines.values()))
         files = list(receipt.files)
@@ -123,8 +127,7 @@ class EvoPressExporter:
                 except (OSError, RuntimeError) as error:  # the latter: torch's full disk
                     raise ValueError(f"cannot write {path}: {error}") from error
                 files.append(path)
-        notes = tuple(note for note in receipt.notes if note != _NEEDS_DATABASE)
-        return Receipt(tuple(files), receipt.num_units, notes)
+        return replace(receipt, files=tuple(files))
 
     def verify(self, plan: Plan, artefact: Path) -> list[Mismatch]:
         """Parse the file as EvoPress does and compare; check that the database has every level.

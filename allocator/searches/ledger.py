@@ -118,10 +118,8 @@ def _fit(table: list[dict[int, float]]) -> _Fit:
     first = _fit_additive(seen, values, sets=sets)
     alike = first.noise / max(float(first.means.var()), _TINY)
     prior = min(max(alike, _LEAST_PRIOR), 1.0)
-    if sets == 1:
-        return _fit_additive(seen, values, prior)
-    text = _within(first.effects, sequences)
-    if text is None:  # one sequence in each set: nothing says how much text differs
+    text = _within(first.effects, sequences) if sets > 1 else None
+    if text is None:  # all is linked; or sets of one sequence say nothing of how text differs
         return _fit_additive(seen, values, prior, sets=sets)
     losses = _within(first.means, rows)
     variances = np.array([np.inf if losses is None else losses, text])
@@ -146,8 +144,8 @@ def _components(
 def _within(values: NDArray[np.float64], labels: NDArray[np.intp]) -> float | None:
     """Variance of values around the means of their sets; ``None`` if each stands alone."""
     counts = np.bincount(labels)
-    means = np.bincount(labels, values) / np.maximum(counts, 1)
-    freedom = len(values) - int((counts > 0).sum())
+    means = np.bincount(labels, values) / counts
+    freedom = len(values) - len(counts)
     return float(((values - means[labels]) ** 2).sum() / freedom) if freedom else None
 
 

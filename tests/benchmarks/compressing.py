@@ -1,6 +1,7 @@
 """What compressing costs: all options of a matrix in a row, against each with everything made anew.
 
-Prints a Markdown table of medians and least times of processor milliseconds (wall time on a GPU).
+Prints a Markdown table of medians and least times in milliseconds of the processor (wall time where
+there is a GPU).
 Both sides are measured in turn in this process and must give equal weights. The baseline factors
 the Hessian for every option, as an operator that is asked alone does; the last row selects a row's
 highest scores with ``torch.kthvalue``. Not run by default:
@@ -12,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator
 
 import torch
+from timing import clock
 from torch import Tensor
 
 from search_spaces.operators import GPTQ, Operator, SparseGPT, Statistics
@@ -28,14 +29,6 @@ MENUS: dict[str, tuple[Operator, ...]] = {
     "SparseGPT, 30 to 80 %": tuple(SparseGPT(share / 10) for share in range(3, 9)),
 }
 Made = list[Tensor]
-
-
-def clock(device: torch.device) -> float:
-    """Processor seconds, or wall seconds where the work is done elsewhere."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
 
 
 def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], Made], Callable[[], Made]]]:
@@ -89,9 +82,9 @@ def main() -> None:
         for _ in range(options.rounds):
             for side, call in zip(times, (ours, baseline), strict=True):
                 FACTORS.forget()
-                started = clock(device)
+                started = clock()
                 call()
-                side.append(1e3 * (clock(device) - started))
+                side.append(1e3 * (clock() - started))
         (mine, least), (other, other_least) = ((statistics.median(s), min(s)) for s in times)
         print(
             f"| {name} | {mine:.0f} | {least:.0f} | {other:.0f} | {other_least:.0f} "

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from functools import partial
 
 import numpy as np
 import torch
+from timing import clock
 
 from allocator.bench import Bench
 from allocator.budget import resolve_budget
@@ -37,14 +37,6 @@ from search_spaces.build import SpaceRequest, build_space
 LENGTH, BATCH = 256, 4
 NUM_BATCHED, ROUNDS = 8, 5
 WINDOW = Fidelity("search", 0, BATCH)
-
-
-def clock() -> float:
-    """Processor seconds, or wall seconds where the work is done elsewhere."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
 
 
 def seconds(call) -> float:
