@@ -107,6 +107,37 @@ def test_a_second_run_does_nothing(copy, monkeypatch):
     assert (copy / "sparsity-seed0.jsonl").read_bytes() == before
 
 
+def test_a_folder_goes_on_where_a_csv_ended(finished, tmp_path, monkeypatch):
+    """Nothing of it is measured again; table and CSV are those of the folder that it is from."""
+    monkeypatch.setattr(run, "Lab", None)
+    earlier = ("--earlier", str(finished / "results.csv"))
+    bench(tmp_path, *CELL, "--methods", "uniform", *METHODS, *earlier)
+    for name in ("results.csv", "results.md"):
+        assert (tmp_path / name).read_text() == (finished / name).read_text()
+
+
+def test_what_is_measured_here_stands_for_what_a_csv_says(copy, tmp_path):
+    path, results = tmp_path / "results.csv", copy / "results.csv"
+    text = results.read_text().replace(",random,B,0,", ",random,B,7,")
+    path.write_text(text.replace(",uniform,B,0,0,", ",uniform,B,0,9,"))
+    bench(copy, "--table", "--earlier", str(path))
+    rows = records.read_csv(results)
+    assert len(rows) == len(records.read_folder(copy)) + 1
+    assert ",random,B,7," in results.read_text()
+    assert ",uniform,B,0,9," not in results.read_text()
+
+
+@pytest.mark.parametrize("text", [None, "a,b\n1,2\n", "space,budget\n1,2\n"])
+def test_a_csv_of_something_else_is_refused(copy, tmp_path, capsys, text):
+    path = tmp_path / "other.csv"
+    if text:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        bench(copy, "--table", "--earlier", str(path))
+    assert stop.value.code == 2
+    assert "other.csv is no results.csv of this benchmark" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("torn", [b'{"space": "spars', b'{"space": "spars\n', b"{}"])
 def test_a_torn_last_line_is_measured_again(copy, torn):
     path = copy / "sparsity-seed0.jsonl"

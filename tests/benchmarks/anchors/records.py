@@ -1,11 +1,16 @@
-"""Results on disk: one JSON object a line, one file for each space and seed."""
+"""Results on disk: one JSON object a line, one file for each space and seed; means as CSV."""
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+KEYS = ("space", "budget", "method", "feasible", "seed")
+"""What a result is of; its points come on top."""
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -47,6 +52,50 @@ def other_settings(folder: Path, settings: Mapping[str, Any]) -> str:
             if theirs.get(name) != settings.get(name):
                 return f"{name} {theirs.get(name)}, now {settings.get(name)}"
     return ""
+
+
+def write_csv(path: Path, results: Iterable[Mapping[str, Any]]) -> None:
+    """One line per point: tokens, bytes, mean held-out loss and perplexity, where it is noted."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*KEYS, "tokens", "bytes", "heldout_nats", "perplexity"])
+        for result in results:
+            for point in result["points"]:
+                known = perplexity(point)
+                row = [*(result[key] for key in KEYS), point["tokens"], point["bytes"]]
+                row.append(f"{_mean(point['heldout']):.6g}")
+                writer.writerow([*row, "" if math.isnan(known) else f"{known:.6g}"])
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """What :func:`write_csv` wrote, as results: means instead of each sequence's loss, no plans.
+
+    Raises:
+        ValueError: The file is not there, or none of these.
+    """
+    results: dict[tuple[str, ...], dict[str, Any]] = {}
+    try:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                key = tuple(row[name] for name in KEYS)
+                about = dict(zip(KEYS, key, strict=True)) | {"seed": int(row["seed"]), "points": []}
+                point = {"tokens": int(row["tokens"]), "bytes": int(row["bytes"])}
+                point["heldout"] = [float(row["heldout_nats"])]
+                if row["perplexity"]:
+                    point["cross_entropy"] = [math.log(float(row["perplexity"]))]
+                results.setdefault(key, about)["points"].append(point)
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no results.csv of this benchmark ({error!r})") from error
+    return list(results.values())
+
+
+def perplexity(point: Mapping[str, Any]) -> float:
+    """Of a plan on held-out text; NaN where an earlier version did not note the cross-entropy."""
+    return math.exp(_mean(point["cross_entropy"])) if "cross_entropy" in point else math.nan
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 def _whole_lines(path: Path) -> list[bytes]:

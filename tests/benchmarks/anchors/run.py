@@ -3,6 +3,7 @@
 python tests/benchmarks/anchors/run.py --folder runs/anchors --seeds 0 1 2 3 4 --tokens 60000
 python tests/benchmarks/anchors/run.py --profile small   # 30 minutes on two cores
 python tests/benchmarks/anchors/run.py --table        # only the table of what is there
+python tests/benchmarks/anchors/run.py --earlier results.csv   # goes on where another folder ended
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from lab import SPACES, CannotStartError, Lab, lab_parser
 from methods import DEAR, ON_REQUEST, OneShot, Searched, one_shots, searches
-from records import append_result, other_settings, read_folder, read_results
+from records import append_result, other_settings, read_csv, read_folder, read_results
 from summary import write_summary
 
 from objectives.loading import resolve_device, resolve_dtype
@@ -57,10 +58,11 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {**named, "dtype": str(dtype).removeprefix("torch.")}
 
 
-def run(options: argparse.Namespace, space: str, seed: int) -> None:
-    """Every job of one seed that has no result yet."""
+def run(options: argparse.Namespace, space: str, seed: int, earlier: list[dict]) -> None:
+    """Every job of one seed that has no result yet, neither here nor among the earlier ones."""
     path = options.folder / f"{space}-seed{seed}.jsonl"
-    done = {(result["budget"], result["method"]) for result in read_results(path)}
+    results = [r for r in earlier if (r["space"], r["seed"]) == (space, seed)] + read_results(path)
+    done = {(result["budget"], result["method"]) for result in results}
     todo = [job for job in jobs(options, space) if job[:2] not in done]
     if not todo:
         return
@@ -128,6 +130,12 @@ def refusal(options: argparse.Namespace) -> str:
     return ""
 
 
+def together(earlier: list[dict], results: list[dict]) -> list[dict]:
+    """All results, each once: those measured here stand for earlier ones of the same."""
+    keys = ("space", "budget", "method", "seed")
+    return list({tuple(r[key] for key in keys): r for r in [*earlier, *results]}.values())
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Run what is missing and write the table."""
     parser = lab_parser(__doc__)
@@ -139,23 +147,33 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tokens", type=int, default=60_000, help="of every method")
     parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument(
+        "--earlier",
+        type=Path,
+        help="a results.csv made with the same options: its results stand in the table and are not "
+        "measured again",
+    )
     if parser.parse_known_args(words)[0].profile == "small":
         parser.set_defaults(**SMALL)
     options = parser.parse_args(words)
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.threads:
         torch.set_num_threads(options.threads)
+    try:
+        earlier = read_csv(options.earlier) if options.earlier else []
+    except ValueError as error:
+        parser.error(str(error))
     if not options.table:
         if reason := refusal(options):
             parser.error(reason)
         for space in options.spaces:
             for seed in options.seeds:
-                run(options, space, seed)
+                run(options, space, seed, earlier)
     try:
         results = read_folder(options.folder)
     except ValueError as error:
         parser.error(str(error))
-    write_summary(options.folder, results)
+    write_summary(options.folder, together(earlier, results))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 from curves import draw
+from records import perplexity, write_csv
 from seeds import OURS, interval, place_order
 
 
@@ -15,16 +15,7 @@ def write_summary(folder: Path, records) -> None:
     """Write results.csv, results.md and curves.svg of a folder's results; print the table."""
     if not records:
         return
-    with (folder / "results.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        keys = ["space", "budget", "method", "feasible", "seed"]
-        writer.writerow([*keys, "tokens", "bytes", "heldout_nats", "perplexity"])
-        for r in records:
-            for point in r["points"]:
-                mean = float(np.mean(point["heldout"]))
-                ppl = perplexity(point)
-                cells = [*(r[key] for key in keys), point["tokens"], point["bytes"], f"{mean:.6g}"]
-                writer.writerow([*cells, "" if np.isnan(ppl) else f"{ppl:.6g}"])
+    write_csv(folder / "results.csv", records)
     text = "\n".join(lines(records)) + "\n"
     (folder / "results.md").write_text(text)
     print(text)
@@ -97,11 +88,6 @@ def overview(cells):
             row.append(f"{np.mean(found):.3f} ({won})" if found else "")
         yield "| " + " | ".join(row) + " |"
     yield ""
-
-
-def perplexity(point) -> float:
-    """Of a plan on held-out text; NaN where an earlier version did not note the cross-entropy."""
-    return float(np.exp(np.mean(point["cross_entropy"]))) if "cross_entropy" in point else np.nan
 
 
 def with_interval(mean: float, half: float, sign: str = "", places: int = 4) -> str:
