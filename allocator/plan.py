@@ -170,8 +170,8 @@ class Plan(_Strict):
     and of the caches where they are searched; ``searched_bytes`` the payload of the searched
     units. Losses are nats per token, lower is better, measured in ``dtype``. ``lower_bound_nats``
     and ``gap_nats`` speak of the additive model of ``scorer`` and its solver's plan; they and
-    ``predicted_nats`` are ``None`` where a formula made the plan. The measured entries speak for
-    themselves.
+    ``predicted_nats`` are ``None`` where a formula made the plan or a measured front holds it. The
+    measured entries speak for themselves.
     """
 
     schema_version: Literal[1] = 1

@@ -23,6 +23,7 @@ from allocator.plan import (
     SearchRecord,
 )
 from allocator.problem import Solution
+from allocator.searches.base import FrontPoint
 from allocator.searches.ledger import Ledger
 from objectives.evaluation import Evaluation, mean, standard_error
 from objectives.sensitivity import LossTable
@@ -104,6 +105,34 @@ def solved_plan(
             "lower_bound_nats": solution.lower_bound,
             "gap_nats": solution.gap,
             "solver_status": solution.status.value,
+        }
+    )
+
+
+def picked_plan(space: SearchSpace, budget: Budget, point: FrontPoint, run: Plan) -> Plan:
+    """The plan of a point of a run's front: with its loss on the search's text, and no other.
+
+    Args:
+        space: Of the run.
+        budget: Holds the point.
+        point: What was measured of it.
+        run: The run's own plan: for which model, on which text, by which search.
+    """
+    assert run.calibration is not None  # as every run's has
+    each = run.calibration.splits["search"].sequence_length
+    measured = Measured(
+        nats=point.loss_nats,
+        standard_error_nats=point.standard_error_nats,
+        num_tokens=point.num_sequences * each * len(run.calibration.texts),
+    )
+    facts = PlanFacts(run.model, run.calibration, run.objective, run.dtype)
+    status = "a point of the front that was measured, of which nothing is proved"
+    return _allocation(space, budget, point.assignment, facts).model_copy(
+        update={
+            "returned": "search",
+            "solver_status": status,
+            "search_nats": {"search": measured},
+            "search": run.search,
         }
     )
 

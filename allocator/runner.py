@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from allocator.bench import BenchPool
 from allocator.budget import Budget
 from allocator.config import RunConfig, load_config
+from allocator.front import front_csv, front_rows
 from allocator.journal import Journal
 from allocator.pipeline import REFIT, Outcome, additive_problem, run_pipeline
 from allocator.plan import Plan, save_plan
@@ -133,28 +134,12 @@ def _write(session: Session, finished: Finished) -> None:
         formula = json.dumps(outcome.found.formula, indent=1) + "\n"
         write_whole(session.folder.path / "formula.json", formula)
     if outcome.found.front:
-        write_whole(session.folder.front, front_csv(session.space, outcome))
+        rows = front_rows(outcome.found.front, outcome.latency)
+        write_whole(session.folder.front, front_csv(session.space, rows))
     write_whole(session.folder.frontier, frontier_csv(session.space, outcome, session.budget))
     save_plan(finished.plan, session.folder.plan)
     view = gather_view(session.folder, session.config, session.space, outcome, finished.plan)
     write_report(view, session.folder.report)
-
-
-def front_csv(space: SearchSpace, outcome: Outcome) -> str:
-    """The measured front of a search of several objectives as CSV, with its assignments."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    timed = ["latency_seconds"] if outcome.latency else []
-    writer.writerow(["searched_bytes", "bits_per_weight", "loss_nats", *timed, "assignment"])
-    for point in outcome.found.front:
-        bits = f"{space.bits_per_weight(point.bytes):.6g}"
-        choice = " ".join(map(str, point.assignment))
-        cells = [point.bytes, bits, f"{point.loss_nats:.6g}"]
-        if outcome.latency:
-            rows = zip(outcome.latency, point.assignment, strict=True)
-            cells.append(f"{sum(float(row[option]) for row, option in rows):.6g}")
-        writer.writerow([*cells, choice])
-    return text.getvalue()
 
 
 def frontier_csv(space: SearchSpace, outcome: Outcome, budget: Budget) -> str:

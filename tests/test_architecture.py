@@ -134,6 +134,7 @@ def test_command_line_is_frozen() -> None:
         "export",
         "export-study",
         "list",
+        "pick",
         "profile",
         "report",
         "resume",

@@ -12,6 +12,7 @@ import sys
 import typer
 
 from allocator.cli.listing import list_kinds
+from allocator.cli.picking import pick
 from allocator.cli.plans import apply, evaluate, export, show
 from allocator.cli.profiles import profile_model
 from allocator.cli.runs import report, resume, search
@@ -29,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (search, resume, solve, report, show, evaluate, export, apply):
+for command in (search, resume, solve, pick, report, show, evaluate, export, apply):
     app.command()(command)
 app.command("list")(list_kinds)
 app.command("export-study")(export_study_verb)

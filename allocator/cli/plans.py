@@ -238,14 +238,20 @@ def _print_facts(plan: Plan) -> None:
     facts.add_row("stored", f"{plan.achieved_bytes:,} bytes ({format_bytes(plan.achieved_bytes)})")
     facts.add_row("slack", f"{plan.slack_bytes:,} bytes")
     facts.add_row("bits per weight", f"{plan.bits_per_weight:.4f}")
-    of_solver = plan.returned in ("dp", "formula")
-    status = plan.solver_status if of_solver else f"the solver's own plan is {plan.solver_status}"
+    own = plan.returned == "dp" or plan.gap_nats is None
+    status = plan.solver_status if own else f"the solver's own plan is {plan.solver_status}"
     facts.add_row("returned", f"{plan.returned}; {status}")
     for name, entry in plan.heldout_nats.items():
         facts.add_row(
             f"held-out {name}",
             f"{entry.nats:.4f} ± {entry.standard_error_nats:.4f} {plan.loss_unit_text}",
         )
+    if not plan.heldout_nats:
+        for name, entry in plan.search_nats.items():
+            facts.add_row(
+                f"search text, {name}",
+                f"{entry.nats:.4f} ± {entry.standard_error_nats:.4f} {plan.loss_unit_text}",
+            )
     console.print(facts)
 
 

@@ -13,8 +13,9 @@ from rich.table import Table
 from allocator.budget import Budget, parse_budgets, resolve_budget
 from allocator.cli.options import RUNS, Json, Runs
 from allocator.cli.terminal import console, parse_latency, print_json
+from allocator.cli.written_plans import Destination, print_paths
 from allocator.latencies import LatencyTable, latency_constraint, load_latencies
-from allocator.plan import Plan, load_plan, save_plan
+from allocator.plan import Plan, load_plan
 from allocator.problem import LinearConstraint, Problem, Solution, Status
 from allocator.run_folder import existing_run, load_losses, load_space
 from allocator.solvers import SOLVERS
@@ -62,18 +63,15 @@ def solve(
     timing = _timing(latencies, limit)
     limits = [] if timing is None else [latency_constraint(space, *timing)]
     chosen = SOLVERS[solver or ("milp" if limits else "dynamic")]()
-    destination = output or folder.path
-    destination.mkdir(parents=True, exist_ok=True)
+    destination = Destination.make(output or folder.path)
     rows = []
     words_of = {word: resolve_budget(word, space) for word in parse_budgets(budget)}
     for word, resolved in words_of.items():
         problem = _problem(space, tables[name], resolved, limits)
         solution = _solved(chosen.solve(problem), word, limit)
         made = solved_plan(space, resolved, tables[name], solution, facts)
-        words = [name, word.replace("%", "pct"), *([] if limit is None else [limit.strip()])]
-        words += [] if solver in (None, "dynamic") else [solver]
-        path = destination / f"plan-{'-'.join(words)}.json"
-        save_plan(made, path)
+        words = [name, word, limit, None if solver == "dynamic" else solver]
+        path = destination.save(made, *words)
         row: dict[str, Any] = {"plan": str(path)}
         row |= made.model_dump(mode="json", exclude={"units", "fixed"})
         if timing is not None:
@@ -129,5 +127,4 @@ def _print(rows: Sequence[dict[str, Any]], losses: LossTable, plan: Plan) -> Non
         ]
         table.add_row(*cells)
     console.print(table)
-    for row in rows:
-        console.print(f"{row['budget_text']}: {row['plan']}", markup=False, soft_wrap=True)
+    print_paths(rows)

@@ -78,6 +78,11 @@ def frontier_section(view: RunView) -> Markup:
             f". The scores are not known to compare with {plan.loss_unit_text}, so line and points "
             "share the axis of bytes only"
         )
+    if view.front:
+        caption += (
+            f". The broken line joins the {len(view.front)} points of the measured front, on text "
+            "that the search has seen: 'allocator pick' makes a plan of any"
+        )
     for method in compared:
         if method not in drawn:
             caption += f". {method.name} is not drawn: its bytes are not recorded"
@@ -113,7 +118,23 @@ def frontier_section(view: RunView) -> Markup:
             for point in points
         ],
     )
-    return section("Loss against bytes", columns(shown, join(beside, details(frontier))))
+    tables = [details(frontier), *([details(_front_table(view))] if view.front else [])]
+    return section("Loss against bytes", columns(shown, join(beside, *tables)))
+
+
+def _front_table(view: RunView) -> Table:
+    rows = [
+        (
+            f"{point.bytes:,}",
+            number(8 * point.bytes / view.num_weights),
+            with_error(point.loss_nats, point.standard_error_nats),
+            f"{point.num_sequences}",
+        )
+        for point in view.front
+    ]
+    unit = view.plan.loss_unit
+    heads = ("Payload bytes", "Bits per weight", f"Measured {unit}, search text", "Sequences")
+    return Table("The measured front", heads, rows)
 
 
 def search_section(view: RunView) -> Markup:

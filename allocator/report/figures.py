@@ -116,6 +116,17 @@ def frontier_figure(
             linewidth=2,
             label=f"predicted, in {view.predicted_unit}",
         )
+        if view.front:
+            measured.errorbar(
+                [point.bytes / 1e6 for point in view.front],
+                [point.loss_nats for point in view.front],
+                yerr=[point.standard_error_nats for point in view.front],
+                color=_METHOD_COLOUR["search"],
+                linewidth=1.2,
+                linestyle="--",
+                marker=".",
+                label="front, on the search's text",
+            )
         for method in compared:
             at = (method_bytes[method.key] / 1e6, method.measured.nats)
             error = method.measured.standard_error_nats

@@ -42,6 +42,7 @@ def gather_view(
         rank_correlation=correlation,
         settings=_settings(config, plan, memory),
         notes=_notes(outcome),
+        front=outcome.found.front,
         predicted_unit=plan.loss_unit if unit == "nats" else unit,
         method_bytes={name: space.bytes(a) for name, a in outcome.candidates.items()},
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from allocator.plan import Plan
+from allocator.searches.base import FrontPoint
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class RunView:
         dense_searched_bytes: Payload of the searched units at 16 bits.
         container_bytes: Header of the packed file.
         frontier: The additive frontier, by rising bytes.
+        front: The measured front of a search of several objectives, by rising bytes.
         measurements: Told evaluations in order.
         rank_correlation: Spearman's between predicted and measured losses of the distinct search
             evaluations; ``None`` with fewer than three.
@@ -69,4 +71,5 @@ class RunView:
     settings: dict[str, str]
     notes: tuple[str, ...] = ()
     predicted_unit: str = "unknown unit"
+    front: tuple[FrontPoint, ...] = ()
     method_bytes: dict[str, int] = field(default_factory=dict)

@@ -93,11 +93,15 @@ class FrontPoint(NamedTuple):
         assignment: Option index of each unit.
         bytes: Its exact bytes.
         loss_nats: Its loss, with the difficulty of its sequences removed.
+        standard_error_nats: Of that loss.
+        num_sequences: How many sequences it was measured on.
     """
 
     assignment: Assignment
     bytes: int
     loss_nats: float
+    standard_error_nats: float
+    num_sequences: int
 
 
 @runtime_checkable

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from allocator.searches.base import FrontPoint
 from objectives.evaluation import Evaluation
 from search_spaces.space import Assignment
 
@@ -85,6 +86,24 @@ class Ledger:
         row = self._rows[assignment]
         fit = self._fitted()
         return float(fit.means[row]), float(fit.standard_errors[row])
+
+    def num_sequences(self, assignment: Assignment) -> int:
+        """How many sequences an assignment was measured on.
+
+        Raises:
+            KeyError: Nothing finite was told of it.
+        """
+        return len(self._values[assignment])
+
+    def front_point(self, assignment: Assignment, size: int) -> FrontPoint:
+        """An assignment of ``size`` bytes with what is known of it.
+
+        Raises:
+            KeyError: Nothing finite was told of it.
+        """
+        return FrontPoint(
+            assignment, size, *self.adjusted(assignment), self.num_sequences(assignment)
+        )
 
     def best(self) -> Assignment | None:
         """The least adjusted loss plus one standard error, or ``None`` before anything succeeded.

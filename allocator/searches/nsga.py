@@ -118,7 +118,7 @@ class NSGA2(Sampled):
         rows = nondominated(np.roll(values, -1, axis=1))
         problem = self._setting.problem
         return [
-            FrontPoint(measured[row], problem.total_bytes(measured[row]), float(values[row, 0]))
+            self._ledger.front_point(measured[row], problem.total_bytes(measured[row]))
             for row in rows
         ]
 

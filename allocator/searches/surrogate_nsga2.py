@@ -143,7 +143,7 @@ class SurrogateNSGA2(PairedSearch):
         archive = list(self._ledger)
         points = [self._point(assignment) for assignment in archive]
         rows = nondominated(np.array([(size, loss) for loss, size in points])) if points else []
-        return [FrontPoint(archive[i], points[i][1], points[i][0]) for i in rows]
+        return [self._ledger.front_point(archive[i], points[i][1]) for i in rows]
 
     def _point(self, assignment: Assignment) -> tuple[float, int]:
         loss, _ = self._ledger.adjusted(assignment)

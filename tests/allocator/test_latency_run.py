@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import shutil
 
 import numpy as np
@@ -40,16 +41,24 @@ def test_a_front_of_three_objectives_outlives_its_table(latencies, tmp_path):
     space, seconds = load_space(run / "space.json"), load_latencies(latencies)
     with (run / "front.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == [
-        *("searched_bytes", "bits_per_weight", "loss_nats", "latency_seconds", "assignment")
-    ]
+    measured = ("loss_nats", "standard_error_nats", "sequences")
+    heads = ["searched_bytes", "bits_per_weight", *measured, "latency_seconds", "assignment"]
+    assert list(rows[0]) == heads
     for row in rows:
         choice = tuple(map(int, row["assignment"].split()))
         assert float(row["latency_seconds"]) == pytest.approx(seconds.total(space, choice), 1e-5)
-    values = np.array([[float(r[k]) for k in list(r)[:4] if k != "bits_per_weight"] for r in rows])
+    objectives = ("searched_bytes", "loss_nats", "latency_seconds")
+    values = np.array([[float(row[key]) for key in objectives] for row in rows])
     beaten = (values[:, None] <= values[None]).all(-1) & (values[:, None] < values[None]).any(-1)
     assert not beaten.any()
     assert len(records(run, "latencies")) == 1
+    middle = sorted(float(row["latency_seconds"]) for row in rows)[len(rows) // 2]
+    picked = ("pick", run, "--budget", "100%", "--limit", f"{1e3 * middle}ms", "--json")
+    (plan,) = json.loads(succeed(*picked))
+    assert plan["latency_seconds"] <= middle
+    faster = allocator("pick", run, "--budget", "100%", "--limit", "1us")
+    assert (faster.code, faster.out) == (2, "")
+    assert "within 100% and 1us" in faster.err
     front = (run / "front.csv").read_bytes()
     succeed("report", run)
     assert (run / "front.csv").read_bytes() == front

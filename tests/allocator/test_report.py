@@ -19,6 +19,7 @@ from allocator.report.evidence import _MOST_SHOWN
 from allocator.report.heatmap import HeatMap, cell_colours
 from allocator.report.html import render_report
 from allocator.report.wording import number, size, verdict, with_error
+from allocator.searches.base import FrontPoint
 
 MOST_BYTES = 2 * 10**6
 VOID = {"meta", "br", "use", "path", "rect"}
@@ -238,6 +239,18 @@ def test_predictions_in_another_unit_are_not_called_nats(view):
     assert "line and points share the axis of bytes only" in page.words()
     assert page.table("The predicted frontier")[0][-1] == "Predicted, relative_mse"
     assert dict(page.table("Of the additive model")[1:])["Gap of the DP plan"] == "0 relative_mse"
+
+
+def test_a_measured_front_is_drawn_and_listed(view):
+    points = [(20_000_000, 2.0, 0.1, 4), (30_000_000, 1.25, 0.05, 64)]
+    front = tuple(FrontPoint((0,), *point) for point in points)
+    page = Page(render_report(dataclasses.replace(view, front=front)))
+    assert "joins the 2 points of the measured front" in page.words()
+    assert "front, on the search" in page.words()
+    listed = page.table("The measured front")
+    assert listed[1][0] == "20,000,000"
+    assert listed[2][2:] == [with_error(1.25, 0.05), "64"]
+    assert "measured front" not in Page(render_report(view)).words()
 
 
 def test_a_plan_without_recorded_bytes_is_said_to_be_missing(view):
