@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from allocator.cli.terminal import console, format_bytes, print_json, reporting
@@ -256,12 +257,14 @@ def _print_facts(plan: Plan) -> None:
 
 
 def _grid(plan: Plan) -> Table:
-    """Option labels by depth and projection."""
+    """Option labels by depth and projection; narrow, and folded where they need more room."""
     kinds = list(dict.fromkeys(entry.kind for entry in plan.units))
     rows: dict[int | None, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for entry in plan.units:
         rows[entry.depth][entry.kind].append(entry.choice.label)
-    table = Table("block", *kinds)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for head in ("block", *kinds):
+        table.add_column(head, overflow="fold")
     for depth, cells in rows.items():
         labels = (" ".join(sorted(set(cells[kind]))) for kind in kinds)
         table.add_row("-" if depth is None else str(depth), *labels)

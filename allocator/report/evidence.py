@@ -118,8 +118,8 @@ def frontier_section(view: RunView) -> Markup:
             for point in points
         ],
     )
-    tables = [details(frontier), *([details(_front_table(view))] if view.front else [])]
-    return section("Loss against bytes", columns(shown, join(beside, *tables)))
+    behind = [frontier, *([_front_table(view)] if view.front else [])]
+    return section("Loss against bytes", columns(shown, join(beside, details(*behind))))
 
 
 def _front_table(view: RunView) -> Table:

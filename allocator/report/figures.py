@@ -9,6 +9,7 @@ are replaced afterwards.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -107,7 +108,8 @@ def frontier_figure(
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1 if in_nats else 2, 1, sharex=True, squeeze=False)[:, 0]
         predicted, measured = panels[0], panels[-1]
-        points = [point for point in view.frontier if point.predicted_nats > 0]
+        most = _most_drawn(view)
+        points = [p for p in view.frontier if p.predicted_nats > 0 and p.searched_bytes <= most]
         values = [point.predicted_nats for point in points]
         predicted.plot(
             [point.searched_bytes / 1e6 for point in points],
@@ -141,12 +143,20 @@ def frontier_figure(
             predicted.set_ylabel("predicted")
             measured.set_ylabel(view.plan.loss_unit_text)
             measured.margins(y=0.3)
+            _scale(measured, "y", [point.loss_nats for point in view.front])
         measured.set_xlabel("payload of the searched units, MB")
         measured.xaxis.set_major_locator(_few_ticks())
         _bits_axis(panels[0], view.num_weights)
         figure.legend(loc="outside upper left", ncols=2)
 
     return _svg("frontier", draw, 4.4 if in_nats else 5.6)
+
+
+def _most_drawn(view: RunView) -> float:
+    """Where the axis of bytes ends: a little beyond the budget where a front is to be seen."""
+    if not view.front:
+        return math.inf
+    return 1.1 * max(view.front[-1].bytes, view.plan.searched_budget_bytes)
 
 
 def progress_figure(shown: Sequence[Measurement], unit: str) -> str:
