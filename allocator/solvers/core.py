@@ -11,6 +11,7 @@ way and the core closes by itself. Bytes are never rounded.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +66,19 @@ class _Core:
     freeing: Losses
 
 
+class _Layer(NamedTuple):
+    """The states kept after a unit was added.
+
+    Attributes:
+        kept: (num_states,) for each its parent among the states before, plus ``num_before`` times
+            the number of the unit's deviation, counted from 1; 0 for none.
+        num_before: States before.
+    """
+
+    kept: Indices
+    num_before: int
+
+
 @dataclass
 class _Best:
     """The best assignment so far: a state before a unit was added, and that unit's deviation."""
@@ -97,7 +111,7 @@ def search_core(
         columns = relaxation.columns.copy()
         _trace_back(core, layers, best, columns)
     bound = best.excess if given_up >= best.excess - tolerance else given_up
-    num_states = sum(len(parents) for parents, _ in layers)
+    num_states = sum(len(layer.kept) for layer in layers)
     return CoreResult(columns, best.excess, bound, len(layers), num_states)
 
 
@@ -169,30 +183,28 @@ def _least_from(values: Losses, begins: Indices) -> Losses:
 
 def _expand(
     core: _Core, relaxation: Relaxation, best: _Best, *, tolerance: float, most_states: int
-) -> tuple[list[tuple[Indices, Indices]], float]:
+) -> tuple[list[_Layer], float]:
     """Add unit after unit to the undominated states; improves ``best`` in place.
 
     Returns:
-        For each unit added, for each state kept its parent state and its deviation (-1: none); and
-        the least excess that given-up states could have led to.
+        A layer for each unit added; and the least excess that given-up states could have led to.
     """
     multiplier = relaxation.multiplier
-    left = np.array([relaxation.left], dtype=np.int64)  # quanta unspent, descending
+    over = np.array([-relaxation.left], dtype=np.int64)  # quanta over the budget, ascending
     spent_loss = np.zeros(1)  # summed reduced loss
-    layers: list[tuple[Indices, Indices]] = []
+    layers: list[_Layer] = []
     given_up = np.inf
     for step in range(len(core.units)):
         limit = best.excess - tolerance
         begin, end = int(core.begins[step]), int(core.begins[step + 1])
         end = begin + int(np.searchsorted(core.reduced[begin:end], limit))
-        if begin == end or not len(left):
+        if begin == end or not len(over):
             break  # neither this unit nor a later one can improve on the best
-        num_old = len(left)
-        left = np.concatenate([left, (left - core.extra[begin:end, None]).ravel()])
-        spent_loss = np.concatenate(
-            [spent_loss, (spent_loss + core.reduced[begin:end, None]).ravel()]
-        )
-        finished = np.where(left >= 0, spent_loss + multiplier * left, np.inf)
+        num_old = len(over)
+        over = np.add.outer(np.append(0, core.extra[begin:end]), over).ravel()
+        spent_loss = np.add.outer(np.append(0.0, core.reduced[begin:end]), spent_loss).ravel()
+        total = spent_loss - multiplier * over  # with what the room left is worth
+        finished = np.where(over <= 0, total, np.inf)
         winner = int(finished.argmin())
         if finished[winner] < best.excess:
             best.excess, best.step = float(finished[winner]), step
@@ -201,42 +213,44 @@ def _expand(
         # A state that is to become better than the best must still deviate somewhere, and room
         # left or lacking is paid at the best remaining rate.
         rate = min(multiplier, core.filling[step + 1])
-        to_pay = np.maximum(left * rate, left * -core.freeing[step + 1])
+        to_pay = over * np.where(over < 0, -rate, core.freeing[step + 1])
         bound = spent_loss + np.maximum(to_pay, core.nearest[step + 1])
         alive = np.flatnonzero(bound < limit)
-        alive = alive[_undominated_states(left[alive], spent_loss[alive], multiplier)]
+        alive = alive[_undominated_states(over[alive], total[alive])]
         if len(alive) > most_states:
             by_bound = np.argsort(bound[alive], kind="stable")
             given_up = min(given_up, float(bound[alive[by_bound[most_states]]]))
             alive = alive[np.sort(by_bound[:most_states])]
-        left, spent_loss = left[alive], spent_loss[alive]
-        deviation = alive // num_old - 1
-        layers.append((alive % num_old, np.where(deviation < 0, -1, deviation + begin)))
+        over, spent_loss = over[alive], spent_loss[alive]
+        layers.append(_Layer(alive, num_old))
     return layers, given_up
 
 
-def _undominated_states(left: Costs, spent_loss: Losses, multiplier: float) -> Indices:
-    """Indices of the states that no other has more room and less loss than, by descending room."""
-    order = np.argsort(-left, kind="stable")  # merges runs that are sorted already
-    room = left[order]
-    loss = spent_loss[order] + multiplier * room
+def _undominated_states(over: Costs, total: Losses) -> Indices:
+    """Indices of the states that no other has more room and less loss than, by descending room.
+
+    Args:
+        over: (num_states,) quanta over the budget.
+        total: (num_states,) loss with what the room left is worth.
+    """
+    order = np.argsort(over, kind="stable")  # merges runs that are sorted already
+    over, total = over[order], total[order]
     better = np.ones(len(order), dtype=np.bool_)
-    better[1:] = loss[1:] < np.minimum.accumulate(loss)[:-1]
-    order, room = order[better], room[better]
+    better[1:] = total[1:] < np.minimum.accumulate(total)[:-1]
+    order, over = order[better], over[better]
     # Of equal room the last one kept has the least loss.
     last = np.ones(len(order), dtype=np.bool_)
-    last[:-1] = room[:-1] != room[1:]
+    last[:-1] = over[:-1] != over[1:]
     return order[last]
 
 
-def _trace_back(
-    core: _Core, layers: list[tuple[Indices, Indices]], best: _Best, columns: Indices
-) -> None:
+def _trace_back(core: _Core, layers: list[_Layer], best: _Best, columns: Indices) -> None:
     """Write the deviations that led to the best state into ``columns``."""
     deviation, state = best.deviation, best.state
     for step in range(best.step, -1, -1):
         if step < best.step:
-            parents, deviations = layers[step]
-            deviation, state = int(deviations[state]), int(parents[state])
-        if deviation >= 0:
-            columns[core.units[step]] = core.columns[deviation]
+            taken, state = divmod(int(layers[step].kept[state]), layers[step].num_before)
+            if not taken:  # the unit stays where the relaxation put it
+                continue
+            deviation = int(core.begins[step]) + taken - 1
+        columns[core.units[step]] = core.columns[deviation]
