@@ -9,6 +9,7 @@ python tests/benchmarks/anchors/run.py --earlier results.csv   # goes on where a
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -169,6 +170,7 @@ def main(words: Sequence[str] | None = None) -> None:
         for space in options.spaces:
             for seed in options.seeds:
                 run(options, space, seed, earlier)
+                gc.collect()  # a bank is gigabytes, and part of cycles
     try:
         results = read_folder(options.folder)
     except ValueError as error:
