@@ -20,7 +20,8 @@ _SUFFIX_BYTES = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
-_PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(bpw|%|(?:[kmgt]i?)?b|)\s*$", re.IGNORECASE)
+_PATTERN = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*(bpw|%|(?:[kmgt]i?)?b|)\s*$", re.IGNORECASE)
+_GROUPED = re.compile(r"^\s*[0-9]{1,3}(,[0-9]{3})+\s*$")
 _HELP = "write 90MB, 2.5GiB, 123456789, 3.25bpw or 40%"
 
 
@@ -45,6 +46,8 @@ def parse_budgets(text: str) -> tuple[str, ...]:
     Raises:
         ValueError: Nothing is given, or a word is not a budget.
     """
+    if _GROUPED.match(text):
+        raise ValueError(f"{text!r}: write bytes without commas, which part budgets")
     words = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
     if not words:
         raise ValueError(f"expected a budget, got {text!r}; {_HELP}")

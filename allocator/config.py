@@ -201,6 +201,8 @@ def load_config(path: Path) -> RunConfig:
     """
     try:
         data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError(f"{path} holds no configuration of a run: put it back")
         return RunConfig.model_validate(data)
     except OSError as error:
         raise ValueError(f"cannot read the run's configuration {path}: {error.strerror}") from error

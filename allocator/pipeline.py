@@ -114,6 +114,13 @@ def run_pipeline(stage: Stage) -> Outcome:
         if uniform is not None:
             candidates["uniform"] = uniform
         guard = measuring.all(candidates, "guard")
+        earlier = _earlier_best(stage.records, candidates)
+        if earlier is not None and earlier.loss_nats < guard["search"].loss_nats:
+            stage.reporter.note(
+                "what an earlier session of this run had found is better on the guard's text than "
+                "what the search ends with now: it stays the search's plan"
+            )
+            candidates["search"], guard["search"] = earlier.assignment, earlier
         returned = _choose(guard)
         extra = {f"dp:{name}": choice for name, choice in one_shots.items()}
         heldout = measuring.all(candidates | extra, "heldout")
@@ -258,7 +265,7 @@ def _shown(stage: Stage, limits: Limits) -> Callable[[Progress], None]:
             done = state.num_tokens
         elif limits.trials is None and limits.seconds is not None:
             done = int(state.seconds)
-        advance(done, f"{state.num_told}: least {lowest:.4g} nats")
+        advance(done, f"{state.num_told}: least {lowest:.4g}")
 
     return show
 
@@ -305,6 +312,14 @@ def _search_tokens(stage: Stage) -> int | None:
             f"{spent:,} for statistics and the dense model; raise it or lower the splits' sizes"
         )
     return left
+
+
+def _earlier_best(records: Records, candidates: Mapping[str, Assignment]) -> Evaluation | None:
+    """The best on the guard's text that an earlier session ended with; ``None`` if none did."""
+    known = recorded_evaluations(records.records).values()
+    guarded = (e for e in known if e.ok and e.fidelity.split == "guard")
+    others = (e for e in guarded if e.assignment not in candidates.values())
+    return min(others, key=lambda evaluation: evaluation.loss_nats, default=None)
 
 
 def _choose(guard: Mapping[str, Evaluation]) -> str:

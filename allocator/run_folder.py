@@ -21,6 +21,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from allocator.plan import Plan, load_plan
 from search_spaces.space import SearchSpace
 from search_spaces.whole_file import replacing, write_whole
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 LONGEST_NAME = 64
 """Characters of a run's name."""
+SHARED_TABLES = "losses"
+"""Folder beside the runs with loss tables that they share."""
 _NAME = re.compile(rf"^[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}$")
 
 
@@ -142,6 +145,8 @@ def run_folder(runs: Path, name: str) -> RunFolder:
     Raises:
         ValueError: The name has characters that could lead elsewhere.
     """
+    if name == SHARED_TABLES:
+        raise ValueError(f"{name!r} holds the loss tables that runs share: choose another --name")
     if _NAME.match(name) is None:
         raise ValueError(
             f"{name!r} is not a run name: use up to 64 letters, digits, '.', '_' and '-', "
@@ -164,6 +169,20 @@ def existing_run(text: str, runs: Path) -> RunFolder:
     raise ValueError(f"no run {text!r} here or in {runs}{listing}")
 
 
+def finished_plan(folder: RunFolder) -> Plan:
+    """The plan that a run ended with.
+
+    Raises:
+        ValueError: It has none yet, or it is damaged.
+    """
+    if not folder.plan.exists():
+        raise ValueError(
+            f"{folder.path} holds no plan: it is a profile, or a run that has not ended, which "
+            f"'allocator resume {folder.path}' continues"
+        )
+    return load_plan(folder.plan)
+
+
 def save_space(space: SearchSpace, path: Path) -> None:
     """Write a space as JSON."""
     write_whole(path, json.dumps(space.to_json(), separators=(",", ":")))
@@ -178,8 +197,10 @@ def load_space(path: Path) -> SearchSpace:
     try:
         data: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return SearchSpace.from_json(data)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"cannot read the run's space {path}: {error}") from error
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"cannot read the run's space {path} ({error}): put it back, or start a new run"
+        ) from error
 
 
 def save_losses(tables: Mapping[str, LossTable], path: Path) -> None:
@@ -223,7 +244,10 @@ def load_losses(path: Path, space: SearchSpace) -> dict[str, LossTable]:
         raise ValueError(f"{error}: 'allocator report' of the run writes them again") from error
     for key, losses in arrays.items():
         scorer, _, unit = key.partition(":")
-        if losses.shape != (ends[-1],):
-            raise ValueError(f"{path} does not fit the run's space")
+        if losses.shape != (ends[-1],) or not np.isfinite(losses).all():
+            raise ValueError(
+                f"{path} does not fit the run's space, or is damaged: 'allocator report' of the "
+                "run writes it again"
+            )
         tables[scorer] = LossTable(scorer, unit, tuple(np.split(losses, ends[:-1])))
     return tables

@@ -81,12 +81,17 @@ def resume_run(
         offline: Load no model: fail if anything is still to be measured.
 
     Raises:
-        ValueError: The run is in use, damaged, or was made with another configuration; or
-            something is missing and ``offline``.
+        ValueError: The run is in use, damaged, has lost its journal, or was made with another
+            configuration; or something is missing and ``offline``.
     """
     if not folder.begun:
         if offline:
             raise ValueError(unfinished(folder))
+        if folder.plan.exists() or folder.losses.exists():
+            raise ValueError(
+                f"{folder.path} holds results, and its journal {folder.journal.name}, from which a "
+                "run is continued, is missing or empty: put it back, or start a new run"
+            )
         return start_run(change(load_config(folder.config)), folder, reporter)
     with reopen(folder, reporter, change=change, offline=offline) as (session, journal):
         return _finish(session, journal, extend=extend)
@@ -128,6 +133,7 @@ def _finish(session: Session, journal: Journal, *, extend: bool = False) -> Fini
 def _write(session: Session, finished: Finished) -> None:
     """Write everything that is derived from the journal."""
     outcome = finished.outcome
+    session.reporter.stage("writing plan and report", None)
     corrected = {} if outcome.refit is None else {REFIT: outcome.refit}
     save_losses(outcome.tables | corrected, session.folder.losses)
     if outcome.found.formula is not None:

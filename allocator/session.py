@@ -23,7 +23,13 @@ from allocator.executors import EXECUTORS, Executor, InProcess, WorkerSetting
 from allocator.journal import Journal
 from allocator.plan import CalibrationRecord, ModelIdentity
 from allocator.reporter import Reporter
-from allocator.run_folder import LONGEST_NAME, RunFolder, load_space, save_space
+from allocator.run_folder import (
+    LONGEST_NAME,
+    SHARED_TABLES,
+    RunFolder,
+    load_space,
+    save_space,
+)
 from allocator.run_texts import (
     build_texts,
     find_weights,
@@ -330,7 +336,7 @@ class Session:
             f"{self.identity.weights_sha256} {self.record.identity('statistics')} "
             f"{measure.dtype} {measure.objective} {measure.top_k}"
         )
-        return TableStore(self.folder.path.parent / "losses", identity)
+        return TableStore(self.folder.path.parent / SHARED_TABLES, identity)
 
     @property
     def tokens_per_sequence(self) -> int:

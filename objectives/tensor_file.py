@@ -55,7 +55,10 @@ def write_tensors(
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         with replacing(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # as the user's umask has it; safetensors' is private
             save_file(whole, temporary, None if metadata is None else dict(metadata))
+            temporary.chmod(mode)
             size = temporary.stat().st_size
             assert exact_bytes in (None, size), (size, exact_bytes)
     except (OSError, SafetensorError) as error:

@@ -137,7 +137,8 @@ def _caches(model: nn.Module, request: SpaceRequest, wish: SpaceFile) -> tuple[U
         return cache_units(model, request.context, batch=request.batch, apart=request.apart)
     if wish.kv:
         raise ValueError(
-            f"the space {wish.name!r} searches the model's cache: say for how many tokens (context)"
+            f"the space {wish.name!r} searches the model's cache: say for how many tokens "
+            "(--context)"
         )
     if request.batch != 1 or request.apart:
         raise ValueError("batch and apart speak of the model's cache: give its context too")

@@ -12,7 +12,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import product
 from math import prod
 from typing import Any
 
@@ -31,6 +30,7 @@ from search_spaces.storage import (
     payload_bytes,
     safetensors_bytes,
 )
+from search_spaces.uniform import uniform
 
 Assignment = tuple[int, ...]
 """One option index per unit, in the space's order."""
@@ -311,34 +311,8 @@ class SearchSpace:
         return file + self.cache_bytes(assignment)
 
     def uniform(self, searched_bytes: int) -> Assignment | None:
-        """The dearest assignment within a payload budget that treats all unpinned units alike.
-
-        All weights share one operator, and so do all caches. Pinned units keep their pin. Returns
-        ``None`` when nothing shared fits.
-        """
-        choices = [self._shared(cache=cache) for cache in (False, True)]
-        fitting = [
-            assignment
-            for pair in product(*choices)
-            if self.bytes(assignment := self._all(pair)) <= searched_bytes
-        ]
-        return max(fitting, key=self.bytes, default=None)
-
-    def _shared(self, *, cache: bool) -> list[AnyOperator | None]:
-        """Operators that all unpinned units of one sort offer; ``None`` if there are no such."""
-        kinds = zip(self.units, self.menus, strict=True)
-        free = [menu for unit, menu in kinds if unit.is_cache == cache and len(menu) > 1]
-        if not free:
-            return [None]
-        common = set.intersection(*({o.operator for o in menu} for menu in free))
-        return [option.operator for option in free[0] if option.operator in common]
-
-    def _all(self, operators: tuple[AnyOperator | None, ...]) -> Assignment:
-        """Every unpinned unit with the (weights', caches') operator."""
-        return tuple(
-            0 if len(menu) == 1 else [o.operator for o in menu].index(operators[unit.is_cache])  # type: ignore[arg-type]
-            for unit, menu in zip(self.units, self.menus, strict=True)
-        )
+        """The most generous uniform assignment: see :func:`search_spaces.uniform.uniform`."""
+        return uniform(self, searched_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data from which :meth:`from_json` makes an equal space."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Annotated
 
 import typer
 
@@ -18,20 +19,37 @@ from allocator.cli.profiles import profile_model
 from allocator.cli.runs import report, resume, search
 from allocator.cli.solving import solve
 from allocator.cli.studies import export_study_verb
-from allocator.cli.terminal import errors
+from allocator.cli.terminal import console, errors
 from allocator.cli.transferring import transfer_formula
 
 _INTERRUPTED = 130
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        console.print(version("model-allocator"), markup=False, highlight=False)
+        raise typer.Exit
+
+
+def _main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Find the allocation of bits that loses least under an exact byte budget."""
+
+
 app = typer.Typer(
     name="allocator",
-    help="Find the allocation of bits that loses least under an exact byte budget.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 for command in (search, resume, solve, pick, report, show, evaluate, export, apply):
     app.command()(command)
+app.callback()(_main_options)
 app.command("list")(list_kinds)
 app.command("export-study")(export_study_verb)
 app.command("profile")(profile_model)
@@ -54,7 +72,7 @@ def main() -> None:
         where = f" {error.filename}" if error.filename else ""
         errors.print(
             f"error: cannot read or write{where}: {error.strerror or error}; "
-            "what was measured is in the journal",
+            "give another path or make room; a run loses nothing of what it has measured",
             markup=False,
             highlight=False,
         )

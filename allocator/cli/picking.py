@@ -14,8 +14,8 @@ from allocator.cli.options import RUNS, Json, Runs
 from allocator.cli.terminal import console, parse_latency, print_json
 from allocator.cli.written_plans import Destination, print_paths
 from allocator.front import FrontRow, best_within, load_front
-from allocator.plan import Plan, load_plan
-from allocator.run_folder import RunFolder, existing_run, load_space
+from allocator.plan import Plan
+from allocator.run_folder import RunFolder, existing_run, finished_plan, load_space
 from search_spaces.space import SearchSpace
 
 
@@ -34,7 +34,7 @@ def pick(
     from allocator.plan_build import picked_plan  # loads torch
 
     folder = existing_run(run, runs)
-    space, plan = load_space(folder.space), load_plan(folder.plan)
+    space, plan = load_space(folder.space), finished_plan(folder)
     rows = _front(folder, space)
     seconds = None if limit is None else parse_latency(limit)
     if seconds is not None and rows[0].latency_seconds is None:

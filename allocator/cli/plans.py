@@ -17,6 +17,7 @@ from allocator.exporters import EXPORTERS
 from allocator.exporters.base import ModelExporter
 from allocator.exporters.transformers_cache import TransformersCacheExporter
 from allocator.plan import Plan, load_plan, plan_json_schema
+from allocator.run_folder import RunFolder, finished_plan
 from search_spaces.operators import Statistics
 from search_spaces.yaml_space import space_json_schema
 
@@ -189,8 +190,10 @@ def apply(
         console.print(f"note: {note}", markup=False)
     if packed:
         check_loaded(loaded_plan, loaded)
-        output.mkdir(parents=True, exist_ok=True)
         path = output / "model.packed.safetensors"
+        if path.exists():
+            raise ValueError(f"{path} exists already: choose another folder with -o")
+        output.mkdir(parents=True, exist_ok=True)
         write_packed(loaded.model, loaded_plan, path, _statistics(loaded_plan, plan))
         console.print(f"{path}: {path.stat().st_size:,} bytes", markup=False, soft_wrap=True)
         return
@@ -227,7 +230,13 @@ def _statistics(loaded: Plan, plan: Path) -> Mapping[str, Statistics]:
 
 
 def _plan_file(path: Path) -> Path:
-    """A plan by its own path or by its run's folder."""
+    """A plan by its own path or by its run's folder.
+
+    Raises:
+        ValueError: A run without a plan.
+    """
+    if (path / "config.yaml").is_file():
+        finished_plan(RunFolder(path))
     return path / "plan.json" if path.is_dir() else path
 
 

@@ -32,7 +32,8 @@ from allocator.cli.options import (
 )
 from allocator.cli.terminal import console, print_json, reporting
 from allocator.config import RunConfig
-from allocator.run_folder import RunFolder, run_folder, save_losses, save_space
+from allocator.reporter import Reporter
+from allocator.run_folder import RunFolder, load_losses, run_folder, save_losses, save_space
 from search_spaces.space import SearchSpace
 from search_spaces.whole_file import write_whole
 
@@ -128,7 +129,7 @@ def profile_model(
             opened = begin(config, folder, reporter)
         with opened as (session, journal):
             tables = profile(session, journal, names)
-            save_losses(tables, folder.losses)
+            save_losses(_known(folder, session.space, reporter) | tables, folder.losses)
             found = None
             if compare_all:
                 found = compare(
@@ -193,6 +194,17 @@ def _write_comparison(found: Comparison, title: str, folder: RunFolder) -> None:
     draw_comparison(found, title, folder.path / "comparison.svg")
 
 
+def _known(folder: RunFolder, space: SearchSpace, reporter: Reporter) -> dict[str, LossTable]:
+    """The tables that the folder holds already; none, with a note, where they are damaged."""
+    if not folder.losses.exists():
+        return {}
+    try:
+        return load_losses(folder.losses, space)
+    except ValueError as error:
+        reporter.note(f"{error}; only the tables asked for now are written")
+        return {}
+
+
 def _print_comparison(found: Comparison, folder: RunFolder) -> None:
     from allocator.report.comparison import comparison_rows
 
@@ -200,12 +212,13 @@ def _print_comparison(found: Comparison, folder: RunFolder) -> None:
         title="rank correlation with measured losses",
         box=SIMPLE_HEAD,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
         caption=f"{found.num_units} units alone, {found.num_random} random assignments, "
         f"{found.num_tokens:,} tokens",
     )
     heads = ("scorer", "unit", "units rho", "tau", "random rho", "tau", "tokens", "seconds")
     for column, head in enumerate(heads):
-        table.add_column(head, justify="left" if column < 2 else "right", no_wrap=True)
+        table.add_column(head, justify="left" if column < 2 else "right", overflow="fold")
     for row in comparison_rows(found):
         table.add_row(*row)
     console.print(table)
@@ -225,10 +238,12 @@ def _print_table(losses: LossTable, space: SearchSpace) -> None:
         title=f"{losses.scorer}, {losses.unit}, summed over the units of a kind",
         box=SIMPLE_HEAD,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("kind")
     for place in range(width):
-        table.add_column(labels[place] if place < len(labels) else str(place), justify="right")
+        head = labels[place] if place < len(labels) else str(place)
+        table.add_column(head, justify="right", overflow="fold")
     for kind, values in rows:
         table.add_row(kind, *(f"{value:.4g}" for value in values[:width]))
     console.print(table)

@@ -15,9 +15,9 @@ from allocator.cli.options import RUNS, Json, Runs
 from allocator.cli.terminal import console, parse_latency, print_json
 from allocator.cli.written_plans import Destination, print_paths
 from allocator.latencies import LatencyTable, latency_constraint, load_latencies
-from allocator.plan import Plan, load_plan
+from allocator.plan import Plan
 from allocator.problem import LinearConstraint, Problem, Solution, Status
-from allocator.run_folder import existing_run, load_losses, load_space
+from allocator.run_folder import existing_run, finished_plan, load_losses, load_space
 from allocator.solvers import SOLVERS
 from search_spaces.space import SearchSpace
 
@@ -50,7 +50,7 @@ def solve(
     folder = existing_run(run, runs)
     space = load_space(folder.space)
     tables = load_losses(folder.losses, space)
-    plan = load_plan(folder.plan)
+    plan = finished_plan(folder)
     name = scorer or plan.scorer
     if name not in tables:
         why = (
@@ -63,9 +63,9 @@ def solve(
     timing = _timing(latencies, limit)
     limits = [] if timing is None else [latency_constraint(space, *timing)]
     chosen = SOLVERS[solver or ("milp" if limits else "dynamic")]()
+    words_of = {word: resolve_budget(word, space) for word in parse_budgets(budget)}
     destination = Destination.make(output or folder.path)
     rows = []
-    words_of = {word: resolve_budget(word, space) for word in parse_budgets(budget)}
     for word, resolved in words_of.items():
         problem = _problem(space, tables[name], resolved, limits)
         solution = _solved(chosen.solve(problem), word, limit)

@@ -70,12 +70,16 @@ def show_space(model: str, wish: SpaceConfig, budget: str | None, *, as_json: bo
         table.add_row(kind.kind, str(kind.count), shapes, labels, span)
     console.print(table)
     least, most = totals["least_bytes"], totals["most_bytes"]
+    cheapest, dearest = (
+        tuple(extreme(range(len(menu)), key=[o.bytes for o in menu].__getitem__) for menu in menus)
+        for extreme, menus in ((min, space.menus), (max, space.menus))
+    )
     console.print(
         f"{space.num_weights:,} searched weights in {len(space.units)} units; "
         f"{space.overhead_bytes:,} bytes are not searched\n"
         f"achievable: {least:,} to {most:,} bytes ({format_bytes(least)} to {format_bytes(most)}), "
-        f"{space.bits_per_weight(space.least_bytes):.4g} to "
-        f"{space.bits_per_weight(space.most_bytes):.4g} bits per searched weight",
+        f"{space.weight_bits(cheapest):.4g} to {space.weight_bits(dearest):.4g} bits per searched "
+        f"weight{', caches left out' if space.has_caches else ''}",
         markup=False,
     )
     for found in budgets:

@@ -79,11 +79,11 @@ class LineReporter:
 
         def line() -> None:
             done, text = latest
-            count = f"{done}/{total}" if total else str(done)
+            count = f"{done}/{total} " if total else f"{done} " if done else ""
             seconds = time.monotonic() - started
             left = seconds * (total - done) / done if total and done else 0
             rest = f", {left:.0f} s left" if left >= 1 else ""
-            words = [f"{label}: {count} in {seconds:.0f} s{rest}", text]
+            words = [f"{label}: {count}in {seconds:.0f} s{rest}", text]
             errors.print("  ".join(filter(None, words)), markup=False, highlight=False)
 
         def advance(done: int, text: str) -> None:

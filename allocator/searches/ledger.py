@@ -19,8 +19,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from allocator.searches.base import FrontPoint
 from objectives.evaluation import Evaluation
@@ -152,6 +150,9 @@ def _components(
     seen: NDArray[np.float64],
 ) -> tuple[int, NDArray[np.intp], NDArray[np.intp]]:
     """How many sets nothing links; the set of each assignment, and of each sequence."""
+    from scipy.sparse import coo_array  # slow to load
+    from scipy.sparse.csgraph import connected_components
+
     rows, columns = np.nonzero(seen)
     size = sum(seen.shape)
     graph = coo_array((np.ones(len(rows)), (rows, columns + len(seen))), shape=(size, size))

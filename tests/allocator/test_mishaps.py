@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import time
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -57,6 +58,77 @@ def test_a_refused_resume_changes_nothing(folder, option, value, sentence):
     succeed("report", folder)
     assert (folder / "plan.json").read_bytes() == plan
     succeed("resume", folder, "--trials", 14)
+
+
+def test_a_longer_search_returns_nothing_worse_on_the_guards_text(folder):
+    """What an earlier session ended with stays a candidate, whatever the search thinks later."""
+
+    def guard():
+        return load_plan(folder / "plan.json").guard_nats
+
+    before, seen = guard(), []
+    for trials in (13, 14, 16, 18, 20):
+        succeed("resume", folder, "--trials", trials)
+        now = guard()
+        seen.append(now["search"].nats)
+        assert now["search"].nats <= before["search"].nats
+        assert now["returned"].nats <= before["returned"].nats
+        before = now
+    plan = (folder / "plan.json").read_bytes()
+    succeed("report", folder)
+    assert (folder / "plan.json").read_bytes() == plan
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_run_that_lost_its_journal_is_not_started_over(folder, empty):
+    (folder / "journal.jsonl").unlink()
+    if empty:
+        (folder / "journal.jsonl").touch()
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert "its journal journal.jsonl" in refused("resume", folder, "--trials", 14)
+    assert before == {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_run_without_a_plan_says_what_to_do(folder, tmp_path):
+    (folder / "plan.json").unlink()
+    for words in (
+        ("show", folder),
+        ("solve", folder, "--budget", "3bpw"),
+        ("pick", folder, "--budget", "3bpw"),
+        ("export", folder, "--to", "torchao", "-o", tmp_path / "out"),
+    ):
+        assert f"'allocator resume {folder}' continues" in refused(*words)
+    succeed("report", folder)
+    succeed("show", folder)
+
+
+def test_a_second_profile_adds_to_the_first(tmp_path):
+    words = ("--text", TEXT, "--sequence-length", 64, "--num-statistics", 2, "--name", "p")
+    where = (*words, "--device", "cpu", "--dtype", "float32", "--threads", 1, "--runs", tmp_path)
+    for scorer in ("fisher,blend", "magnitude"):
+        succeed("profile", MODEL, "--scorer", scorer, *where)
+    with np.load(tmp_path / "p" / "losses.npz") as file:
+        found = {name.partition(":")[0] for name in file.files}
+    assert found == {"fisher", "blend", "magnitude"}
+
+
+def test_a_refused_budget_leaves_no_folder(folder, tmp_path):
+    new = tmp_path / "new"
+    assert "cannot be met" in refused("solve", folder, "--budget", "3bpw,1bpw", "-o", new)
+    assert not new.exists()
+
+
+def test_packed_weights_are_not_overwritten(folder, tmp_path):
+    succeed("apply", MODEL, folder, "-o", tmp_path / "out", "--packed")
+    path = tmp_path / "out" / "model.packed.safetensors"
+    before = path.stat()
+    assert before.st_mode & 0o777 == (folder / "plan.json").stat().st_mode & 0o777
+    assert "exists already" in refused("apply", MODEL, folder, "-o", tmp_path / "out", "--packed")
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_the_version_is_printed():
+    assert succeed("--version").strip() == version("model-allocator")
 
 
 def test_a_run_is_resumed_from_another_folder(tmp_path, monkeypatch):
@@ -182,6 +254,9 @@ def test_names_of_runs_are_made_to_fit(tmp_path):
         (search_arguments(gpus_per_worker=2), "--gpus-per-worker is for Ray: add --executor ray"),
         (search_arguments(address="foo:1"), "--address is for Ray: add --executor ray"),
         (["show", MODEL], "is a model, not a plan: give --space"),
+        (search_arguments(name="losses"), "'losses' holds the loss tables that runs share"),
+        (search_arguments(budget="700,000"), "write bytes without commas"),
+        (search_arguments(space="kv"), "say for how many tokens (--context)"),
     ],
 )
 def test_sentences_name_what_was_wrong(words, sentence, tmp_path, monkeypatch):

@@ -131,6 +131,13 @@ def test_uniform_is_the_dearest_shared_operator_within_a_budget():
     assert space.uniform(prices["int2-g64"][0] - 1) is None
 
 
+def test_dropping_every_unit_is_no_uniform_assignment():
+    space = build_space(tiny("llama"), SpaceRequest(space="depth"))
+    assert space.least_bytes == 0
+    assert space.uniform(space.most_bytes - 1) is None
+    assert space.bytes(space.uniform(space.most_bytes)) == space.most_bytes
+
+
 def test_wrong_assignments_are_refused():
     space = space_of(SPACES[0])
     with pytest.raises(ValueError, match=f"expected {len(space.units)} choices, got 1"):
