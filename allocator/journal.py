@@ -220,23 +220,21 @@ def _contents(path: Path, lines: list[dict[str, Any]]) -> JournalContents:
 
 
 def _require_equal(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    differences = _differences(found, wanted)
-    if differences:
+    found_differences = differences(found, wanted)
+    if found_differences:
         raise ValueError(
-            f"{path} belongs to a run with other settings: {'; '.join(differences)}; "
+            f"{path} belongs to a run with other settings: {'; '.join(found_differences)}; "
             "use the same settings or another name"
         )
 
 
-def _differences(
-    found: Mapping[str, Any], wanted: Mapping[str, Any], inside: str = ""
-) -> list[str]:
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], inside: str = "") -> list[str]:
     """One phrase per differing field, nested fields by dotted path."""
     phrases = []
     for name in sorted({*found, *wanted}):
         old, new = found.get(name, _ABSENT), wanted.get(name, _ABSENT)
         if isinstance(old, dict) and isinstance(new, dict):
-            phrases += _differences(old, new, f"{inside}{name}.")
+            phrases += differences(old, new, f"{inside}{name}.")
         elif old != new:
             phrases.append(f"{inside}{name} was {_short(old)}, now {_short(new)}")
     return phrases

@@ -20,7 +20,7 @@ from allocator.bench import Bench, BenchPool, LanguageBenchFactory, load_model_f
 from allocator.budget import Budget, resolve_budget
 from allocator.config import RunConfig, SpaceConfig, load_config, save_config
 from allocator.executors import EXECUTORS, Executor, InProcess, WorkerSetting
-from allocator.journal import Journal
+from allocator.journal import Journal, differences
 from allocator.plan import CalibrationRecord, ModelIdentity
 from allocator.reporter import Reporter
 from allocator.run_folder import (
@@ -198,10 +198,10 @@ def reopen(
         identity = ModelIdentity(**journal.header["model"])
         wanted = _header(config, identity, space, text_record(config.data, texts))
         if wanted != journal.header:
-            changed = sorted(k for k in wanted if wanted[k] != journal.header.get(k))
+            changed = "; ".join(differences(journal.header, json.loads(json.dumps(wanted))))
             raise ValueError(
-                f"{folder.path} was started with another {', '.join(changed)}: "
-                "start a new run instead"
+                f"{folder.path} was started otherwise ({changed}): take that back, or start a new "
+                "run"
             )
         if config.search.warm_start is not None and not any(
             record["type"] == "warm_start" for record in journal.records

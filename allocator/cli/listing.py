@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -21,6 +22,8 @@ from search_spaces.registry import Registry, unknown_name
 from search_spaces.spans import SPANS, bits_span
 from search_spaces.ties import TIES
 
+_ROLE = re.compile(r":[a-z]+:`~?([^`]*)`")
+
 
 def _documented(registry: Registry[Any]) -> list[dict[str, Any]]:
     """Names with the first sentence of their documentation."""
@@ -29,7 +32,8 @@ def _documented(registry: Registry[Any]) -> list[dict[str, Any]]:
 
 def _first_line(entry: object) -> str:
     text = inspect.getdoc(entry) or ""
-    return " ".join(text.split("\n\n")[0].split())
+    plain = _ROLE.sub(r"\1", text.split("\n\n")[0]).replace("``", "")
+    return " ".join(plain.split())
 
 
 def _operators() -> list[dict[str, Any]]:
@@ -97,7 +101,9 @@ def list_kinds(
     if as_json:
         print_json(rows)
         return
-    table = Table(*(key.replace("_", " ") for key in rows[0]))
+    table = Table()
+    for key in rows[0]:
+        table.add_column(key.replace("_", " "), overflow="fold")
     for row in rows:
         table.add_row(*map(_cell, row.values()))
     console.print(table)

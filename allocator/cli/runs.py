@@ -56,6 +56,7 @@ Also = Annotated[
 ]
 
 _SEQUENCES_WITHOUT_CAP = 600
+_READABLE = 1e5  # a perplexity beyond is written with an exponent
 
 
 def search(
@@ -241,7 +242,7 @@ def print_finished(run: Finished) -> None:
                 f"{entry.nats:.3f}±{entry.standard_error_nats:.3f}" if entry else "-"
                 for entry in (plan.search_nats.get(name), plan.guard_nats.get(name), heldout)
             ),
-            f"{perplexity:.2f}" if perplexity is not None else "-",
+            _perplexity(perplexity),
             f"{difference.nats:+.3f}±{difference.standard_error_nats:.3f}" if difference else "-",
         )
     console.print(table)
@@ -256,6 +257,12 @@ def print_finished(run: Finished) -> None:
         paths.append(("front", run.folder.front))
     for label, path in paths:
         console.print(f"{label}: {path}", markup=False, soft_wrap=True)
+
+
+def _perplexity(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if value < _READABLE else f"{value:.2e}"
 
 
 def summary(run: Finished) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def test_another_objective_is_another_run(run_on, tmp_path):
     assert "objective: cross_entropy" in text
     text = text.replace("objective: cross_entropy", "objective: hidden_state")
     (changed / "config.yaml").write_text(text)
-    assert "another config" in refusal("resume", changed)
+    assert "was started otherwise (config." in refusal("resume", changed)
 
 
 # Several texts
