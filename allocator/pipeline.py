@@ -27,6 +27,7 @@ from allocator.budget import Budget
 from allocator.loop import NOTHING_MORE, History, Limits, Progress, run_search
 from allocator.measuring import Lazy, Measuring
 from allocator.problem import Problem, Solution
+from allocator.ratio_plans import removed_ratios
 from allocator.search_build import (
     BuiltSearch,
     Found,
@@ -224,6 +225,7 @@ def _build(
         num_sequences=stage.num_sequences["search"],
         batch_sequences=min(stage.batch, stage.num_sequences["search"]),
         seed=stage.search.seed,
+        removed=tuple(removed_ratios(stage.space)),
         slopes=stage.has_slopes and stage.search.slopes and not stage.space.has_caches,
     )
     setting = with_samples(

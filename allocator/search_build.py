@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from allocator.accounts import Records, inherited_evaluations
+from allocator.accounts import Records, inherited_evaluations, spending
 from allocator.bench import Bench
 from allocator.config import SearchConfig
 from allocator.latencies import load_latencies
 from allocator.problem import Problem
-from allocator.ratio_plans import removed_ratios
 from allocator.reporter import Reporter
 from allocator.searches import (
     NO_OPTIONS,
@@ -163,12 +162,13 @@ def with_samples(
     recorded = next((r["samples"] for r in records.records if r["type"] == "importances"), None)
     if recorded is None:
         live = bench()
-        statistics = live.observe({"second_moment"})
+        with spending(live.meter, records, "importances"):
+            statistics = live.observe({"second_moment"})
         found = importance_samples(space, live.bank, statistics, num_samples=NUM_SAMPLES)
         recorded = [[float(f"{value:.5g}") for value in row] for row in found]
         records.append({"type": "importances", "samples": recorded})
     samples = tuple(np.array(row, float) for row in recorded)
-    return replace(setting, importances=samples, removed=tuple(removed_ratios(space)))
+    return replace(setting, importances=samples)
 
 
 def with_latencies(

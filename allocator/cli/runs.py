@@ -119,6 +119,8 @@ def search(
     """Search the best allocation of a model within a byte budget."""
     budgets = parse_budgets(budget)
     others, weights = _split_texts(also)
+    if trials is None and tokens is None and time is None:
+        trials = _usual_trials(min(sequences or preferred_sequences(method), num_search))
     data: dict[str, Any] = {
         "model": model,
         "budget": budgets[0],
@@ -158,7 +160,11 @@ def search(
             "options": parse_options(search_option),
             "latencies": latencies,
         },
-        "caps": _caps(trials, tokens, time, method=method, sequences=sequences),
+        "caps": {
+            "trials": trials,
+            "tokens": tokens,
+            "seconds": None if time is None else parse_duration(time),
+        },
         "execution": {
             "executor": executor,
             "workers": workers,
@@ -310,21 +316,9 @@ def _run_all(
     return found
 
 
-def _caps(
-    trials: int | None,
-    tokens: int | None,
-    time: str | None,
-    *,
-    method: str,
-    sequences: int | None,
-) -> dict[str, Any]:
-    """The caps of a search; without any, as many evaluations as read 600 sequences."""
-    seconds = None if time is None else parse_duration(time)
-    no_cap = trials is None and tokens is None and seconds is None
-    if no_cap:
-        each = sequences or preferred_sequences(method)
-        trials = max(1, _SEQUENCES_WITHOUT_CAP // max(1, each))
-    return {"trials": trials, "tokens": tokens, "seconds": seconds}
+def _usual_trials(sequences: int) -> int:
+    """Without any cap: as many evaluations of so many sequences as read 600."""
+    return max(1, _SEQUENCES_WITHOUT_CAP // max(1, sequences))
 
 
 def _split_texts(words: list[str]) -> tuple[list[str], list[float]]:

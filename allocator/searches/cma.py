@@ -37,8 +37,8 @@ class CMAOptions(ReducedOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.population is not None and self.population < 3:
-            raise ValueError(f"expected a population of at least 3, got {self.population}")
+        if self.population is not None and self.population < 4:
+            raise ValueError(f"expected a population of at least 4, got {self.population}")
 
 
 _DEFAULTS = CMAOptions()

@@ -22,6 +22,7 @@ _FIRST_TUNING = 16  # observations
 _NEXT_TUNING = 1.5  # times as many
 _SEQUENCE_SPREAD = 0.1  # of one sequence's ratio to the reference, where it cannot be estimated
 _PRECISION = 1e-3  # of a loss
+_LEAST_DEVIATION = 1e-9  # nats, where the reference loses nothing
 _LEAST_RATIO = 0.2  # of the reference's mean loss; ratios to less say little
 
 
@@ -145,5 +146,6 @@ class CorrectedTable:
         known = len(ours) > 1
         spread = float(deviations.std(ddof=1)) if known else _SEQUENCE_SPREAD * abs(self._scale)
         unseen = 1 - len(ours) / self._setting.num_sequences
-        variance = unseen * spread**2 / len(ours) + (_PRECISION * self._scale) ** 2
+        least = max(_PRECISION * abs(self._scale), _LEAST_DEVIATION)
+        variance = unseen * spread**2 / len(ours) + least**2
         return Observation(evaluation.assignment, loss, variance)

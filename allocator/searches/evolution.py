@@ -82,6 +82,7 @@ class Evolution:
         """Up to ``count`` candidates of the stage; none while it waits or when all is searched."""
         if self._stage is None:
             self._open()
+            self._advance()  # all that it would ask first may be known
         taken = [self._unasked.popleft() for _ in range(min(count, len(self._unasked)))]
         self._asked.update((assignment, self._fidelity) for assignment in taken)
         return [Proposal(assignment, self._fidelity) for assignment in taken]
@@ -96,8 +97,11 @@ class Evolution:
             self._has_news |= key not in self._asked
             if self._stage is not None and evaluation.fidelity == self._fidelity:
                 self._waiting.discard(evaluation.assignment)
-        if self._stage is None:
-            return
+        if self._stage is not None:
+            self._advance()
+
+    def _advance(self) -> None:
+        """Close every stage whose candidates are all known."""
         num_stale = 0
         while not self._waiting and not self._finished:
             num_stale += self._stage == len(self._options.batches) - 1

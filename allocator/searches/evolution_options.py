@@ -126,6 +126,8 @@ class EvolutionOptions:
         """
         if self.num_generations is None:
             raise ValueError("only an evolution of so many generations can be rescaled")
+        if num_batches < 1:
+            raise ValueError(f"num_batches: expected at least 1, got {num_batches}")
         whole = self.num_initial * self.initial_batches
         whole += self.num_generations * self.generation_batches
         if num_batches >= whole:

@@ -125,19 +125,22 @@ class GroupSpace:
         depths = sorted({setting.depths[unit] for unit in free if setting.depths[unit] >= 0})
         groups = np.array_split(depths, min(options.num_groups, len(depths))) if depths else []
         radius = options.step * round(options.radius / options.step)
-        axes: dict[Axis, list[int]] = {}
+        steered: dict[str, list[int]] = {}
         for number, group in enumerate(groups):
             for unit in (unit for unit in free if setting.depths[unit] in group):
                 name = f"group {number}"
                 if options.fine or unit in caches:
                     name += f" {setting.kinds[unit]}"
-                axis = Axis(name, -radius, radius, options.step)
-                if unit in caches:
-                    axis = Axis(name, 0.0, len(bytes_[unit]) - 1.0, 1.0)
-                axes.setdefault(axis, []).append(unit)
-        members = tuple(tuple(units) for units in axes.values())
+                steered.setdefault(name, []).append(unit)
+        axes = tuple(
+            Axis(name, 0.0, max(len(bytes_[unit]) for unit in units) - 1.0, 1.0)
+            if units[0] in caches
+            else Axis(name, -radius, radius, options.step)
+            for name, units in steered.items()
+        )
+        members = tuple(map(tuple, steered.values()))
         saved = tuple(1 - cost / max(int(cost[-1]), 1) for cost in bytes_)
-        return cls(setting.problem, setting.removed or saved, tuple(axes), members, caches)
+        return cls(setting.problem, setting.removed or saved, axes, members, caches)
 
     @property
     def seeds(self) -> tuple[tuple[float, ...], ...]:
@@ -157,7 +160,7 @@ class GroupSpace:
         for value, units in zip(point, self.members, strict=True):
             for unit in units:
                 if unit in self.caches:
-                    choice[unit] = round(value)
+                    choice[unit] = min(round(value), len(self.problem.bytes[unit]) - 1)
                 else:
                     ratios[unit] = value
         weights = [unit for unit in range(len(choice)) if unit not in self.caches]

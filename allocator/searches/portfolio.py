@@ -17,6 +17,7 @@ from allocator.searches.ledger import Ledger
 from objectives.evaluation import Evaluation, evaluation_key
 from search_spaces.space import Assignment
 
+_MOST_ROUNDS = 100  # of all searches, while they are told what is known
 _MOST_SHARED = 50  # proposals of one search in its turn that are known or under way already
 
 
@@ -92,19 +93,33 @@ class Portfolio:
 
     def _propose(self, pending: Sequence[Assignment]) -> Proposal | None:
         """From the first search, in turn, that has something new to measure."""
-        for _ in self._searches:
-            index = self._turn
-            self._turn = (self._turn + 1) % len(self._searches)
-            for _ in range(_MOST_SHARED):
-                asked = self._searches[index].ask(1, pending)
-                if not asked:
-                    break
-                key = evaluation_key(asked[0].assignment, asked[0].fidelity)
-                if key in self._known:
-                    self._searches[index].tell([self._known[key]])
-                elif key in self._waiting:
-                    self._waiting[key].append(index)
-                else:
-                    self._waiting[key] = [index]
-                    return asked[0]
+        for _ in range(_MOST_ROUNDS):
+            answered = False
+            for _ in self._searches:
+                index = self._turn
+                self._turn = (self._turn + 1) % len(self._searches)
+                found, learned = self._turn_of(index, pending)
+                if found is not None:
+                    return found
+                answered |= learned
+            if not answered:  # none would be asked for anything else in another round
+                break
         return None
+
+    def _turn_of(self, index: int, pending: Sequence[Assignment]) -> tuple[Proposal | None, bool]:
+        """What a search wants that is new; and whether it was told anything that is known."""
+        answered = False
+        for _ in range(_MOST_SHARED):
+            asked = self._searches[index].ask(1, pending)
+            if not asked:
+                break
+            key = evaluation_key(asked[0].assignment, asked[0].fidelity)
+            if key in self._known:
+                self._searches[index].tell([self._known[key]])
+                answered = True
+            elif key in self._waiting:
+                self._waiting[key].append(index)
+            else:
+                self._waiting[key] = [index]
+                return asked[0], answered
+        return None, answered

@@ -24,6 +24,7 @@ from allocator.searches.interactions import Interactions
 from search_spaces.space import Assignment
 
 Vector = NDArray[np.float64]
+_LEAST_NOISE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,11 @@ class Spreads:
         for name, value in vars(self).items():
             if not 0 <= value < math.inf:
                 raise ValueError(f"spreads: {name} must be finite and at least 0, got {value}")
-        if self.noise == 0:
-            raise ValueError("spreads: noise must be above 0: measurements are not exact")
+        if self.noise < _LEAST_NOISE:
+            raise ValueError(
+                f"spreads: noise must be at least {_LEAST_NOISE:g}, since measurements are not "
+                f"exact, got {self.noise}"
+            )
 
     def scaled(self, *, corrections: float, pairs: float, misfits: float, noise: float) -> Spreads:
         """With the cells' corrections, pairs, misfit and noise multiplied."""
@@ -72,7 +76,7 @@ class Spreads:
             cell=self.cell * corrections,
             pair=self.pair * pairs,
             misfit=self.misfit * misfits,
-            noise=self.noise * noise,
+            noise=max(self.noise * noise, _LEAST_NOISE),
         )
 
 
@@ -302,7 +306,7 @@ class Surrogate:
         noise = self._noise_of(self._observations[-1])
         corner = self._kernel[-1, -1] + self._misfit + noise
         solved = self._inverse @ border
-        left = float(corner - border @ solved)
+        left = max(float(corner - border @ solved), noise)  # less would be rounding
         grown = self._inverse + np.outer(solved, solved) / left
         self._inverse = _bordered(grown, -solved / left, 1 / left)
 

@@ -64,7 +64,7 @@ def test_messages_of_optuna_stay_away():
 @pytest.mark.parametrize(
     ("options", "changes", "message"),
     [
-        (CMAOptions, {"population": 2}, "population of at least 3"),
+        (CMAOptions, {"population": 2}, "population of at least 4"),
         (CMAOptions, {"log_range": -1.0}, "log range"),
         (GPOptions, {"most_trials": 0}, "at least one startup trial"),
         (GPOptions, {"num_bands": 0}, "depth band"),
