@@ -110,7 +110,7 @@ def test_words_are_numbers_truth_values_or_words():
 @pytest.mark.parametrize(
     ("name", "option", "sentence"),
     [
-        ("model_guided", "sampling.spreads.noise=0", "noise must be above 0"),
+        ("model_guided", "sampling.spreads.noise=0", "noise must be at least 0.001"),
         ("model_guided", "sampling.spreads.unit=-1", "unit must be finite and at least 0"),
         ("model_guided", "sampling.temperature=-1", "temperature must be finite"),
         ("model_guided", "sampling.shrink=0", "shrink must be above 0"),
