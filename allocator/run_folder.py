@@ -175,12 +175,21 @@ def finished_plan(folder: RunFolder) -> Plan:
     Raises:
         ValueError: It has none yet, or it is damaged.
     """
+    return load_plan(plan_path(folder))
+
+
+def plan_path(folder: RunFolder) -> Path:
+    """Where the plan is that a run ended with.
+
+    Raises:
+        ValueError: It has none yet.
+    """
     if not folder.plan.exists():
         raise ValueError(
             f"{folder.path} holds no plan: it is a profile, or a run that has not ended, which "
             f"'allocator resume {folder.path}' continues"
         )
-    return load_plan(folder.plan)
+    return folder.plan
 
 
 def save_space(space: SearchSpace, path: Path) -> None:

@@ -17,7 +17,7 @@ from allocator.exporters import EXPORTERS
 from allocator.exporters.base import ModelExporter
 from allocator.exporters.transformers_cache import TransformersCacheExporter
 from allocator.plan import Plan, load_plan, plan_json_schema
-from allocator.run_folder import RunFolder, finished_plan
+from allocator.run_folder import RunFolder, plan_path
 from search_spaces.operators import Statistics
 from search_spaces.yaml_space import space_json_schema
 
@@ -236,7 +236,7 @@ def _plan_file(path: Path) -> Path:
         ValueError: A run without a plan.
     """
     if (path / "config.yaml").is_file():
-        finished_plan(RunFolder(path))
+        return plan_path(RunFolder(path))
     return path / "plan.json" if path.is_dir() else path
 
 

@@ -70,10 +70,8 @@ def show_space(model: str, wish: SpaceConfig, budget: str | None, *, as_json: bo
         table.add_row(kind.kind, str(kind.count), shapes, labels, span)
     console.print(table)
     least, most = totals["least_bytes"], totals["most_bytes"]
-    cheapest, dearest = (
-        tuple(extreme(range(len(menu)), key=[o.bytes for o in menu].__getitem__) for menu in menus)
-        for extreme, menus in ((min, space.menus), (max, space.menus))
-    )
+    rows = [[option.bytes for option in menu] for menu in space.menus]
+    cheapest, dearest = (tuple(row.index(end(row)) for row in rows) for end in (min, max))
     console.print(
         f"{space.num_weights:,} searched weights in {len(space.units)} units; "
         f"{space.overhead_bytes:,} bytes are not searched\n"

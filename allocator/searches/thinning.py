@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allocator.problem import Problem
-from allocator.searches.base import Noting, Proposal, Search, SearchSetting
+from allocator.searches.base import Proposal, Search, SearchSetting
 from objectives.evaluation import Evaluation
 from search_spaces.space import Assignment
 
@@ -123,10 +123,6 @@ class Thinned:
         """The inner search's best, in options of the full menus."""
         best = self._search.best
         return None if best is None else widen(best, self._kept)
-
-    def notes(self) -> dict[str, float]:
-        """The inner search's, if it makes any."""
-        return self._search.notes() if isinstance(self._search, Noting) else {}
 
 
 def narrow(assignment: Assignment, kept: Kept) -> Assignment:
