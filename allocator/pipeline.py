@@ -8,7 +8,7 @@ goes through the journal, so running this again on the same journal continues wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -115,7 +115,7 @@ def run_pipeline(stage: Stage) -> Outcome:
         if uniform is not None:
             candidates["uniform"] = uniform
         guard = measuring.all(candidates, "guard")
-        earlier = _earlier_best(stage.records, candidates)
+        earlier = _earlier_best(measuring.cache.values(), candidates)
         if earlier is not None and earlier.loss_nats < guard["search"].loss_nats:
             stage.reporter.note(
                 "what an earlier session of this run had found is better on the guard's text than "
@@ -316,9 +316,10 @@ def _search_tokens(stage: Stage) -> int | None:
     return left
 
 
-def _earlier_best(records: Records, candidates: Mapping[str, Assignment]) -> Evaluation | None:
+def _earlier_best(
+    known: Iterable[Evaluation], candidates: Mapping[str, Assignment]
+) -> Evaluation | None:
     """The best on the guard's text that an earlier session ended with; ``None`` if none did."""
-    known = recorded_evaluations(records.records).values()
     guarded = (e for e in known if e.ok and e.fidelity.split == "guard")
     others = (e for e in guarded if e.assignment not in candidates.values())
     return min(others, key=lambda evaluation: evaluation.loss_nats, default=None)

@@ -28,6 +28,9 @@ DeviceMapOption = Annotated[
     str | None,
     typer.Option(help=f"Over several GPUs: {', '.join(DEVICE_MAPS)}, or JSON {{module: device}}."),
 ]
+FinishedRun = Annotated[str, typer.Argument(help="Finished run folder or name.")]
+Budgets = Annotated[str, typer.Option(help="One or several budgets, comma separated.")]
+PlansFolder = Annotated[Path | None, typer.Option("-o", help="Folder for the plans.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines; no progress.")]
 
 RUNS = Path("runs")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from allocator.budget import parse_budgets, resolve_budget
-from allocator.cli.options import RUNS, Json, Runs
+from allocator.cli.options import RUNS, Budgets, FinishedRun, Json, PlansFolder, Runs
 from allocator.cli.terminal import console, parse_latency, print_json
 from allocator.cli.written_plans import Destination, print_paths
 from allocator.front import FrontRow, best_within, load_front
@@ -20,13 +19,13 @@ from search_spaces.space import SearchSpace
 
 
 def pick(
-    run: Annotated[str, typer.Argument(help="Finished run folder or name.")],
-    budget: Annotated[str, typer.Option(help="One or several budgets, comma separated.")],
+    run: FinishedRun,
+    budget: Budgets,
     limit: Annotated[
         str | None,
         typer.Option(help="Most latency, such as 12ms; of a run with --latencies."),
     ] = None,
-    output: Annotated[Path | None, typer.Option("-o", help="Folder for the plans.")] = None,
+    output: PlansFolder = None,
     runs: Runs = RUNS,
     as_json: Json = False,
 ) -> None:

@@ -17,6 +17,7 @@ from allocator.cli.options import (
     DeviceMapOption,
     DType,
     Exclude,
+    FinishedRun,
     Json,
     Length,
     Model,
@@ -213,7 +214,7 @@ def resume(
 
 
 def report(
-    run: Annotated[str, typer.Argument(help="Finished run folder or name.")],
+    run: FinishedRun,
     runs: Runs = RUNS,
 ) -> None:
     """Write a finished run's results and HTML report again from its journal, without the model."""

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from allocator.budget import Budget, parse_budgets, resolve_budget
-from allocator.cli.options import RUNS, Json, Runs
+from allocator.cli.options import RUNS, Budgets, FinishedRun, Json, PlansFolder, Runs
 from allocator.cli.terminal import console, parse_latency, print_json
 from allocator.cli.written_plans import Destination, print_paths
 from allocator.latencies import LatencyTable, latency_constraint, load_latencies
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 def solve(
-    run: Annotated[str, typer.Argument(help="Finished run folder or name.")],
-    budget: Annotated[str, typer.Option(help="One or several budgets, comma separated.")],
+    run: FinishedRun,
+    budget: Budgets,
     scorer: Annotated[str | None, typer.Option(help="Whose table; else the run's own.")] = None,
     solver: Annotated[
         str | None,
@@ -39,7 +39,7 @@ def solve(
     limit: Annotated[
         str | None, typer.Option(help="Most latency of all matrices together, such as 12ms.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("-o", help="Folder for the plans.")] = None,
+    output: PlansFolder = None,
     runs: Runs = RUNS,
     as_json: Json = False,
 ) -> None:

@@ -56,6 +56,13 @@ class SearchSetting:
     slopes: bool = False
     latency: tuple[NDArray[np.float64], ...] = ()
 
+    @property
+    def ratios(self) -> tuple[NDArray[np.float64], ...]:
+        """``removed``, or what stands for it where that is empty."""
+        return self.removed or tuple(
+            1 - cost / max(int(cost.max()), 1) for cost in self.problem.bytes
+        )
+
     def fidelity(self, index: int) -> Fidelity:
         """The ``index``-th window of the search split; windows tile it, then start over."""
         first = index * self.batch_sequences % self.num_sequences

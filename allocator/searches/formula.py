@@ -98,9 +98,7 @@ class Layers:
                 f"{len(setting.importances)} of {sorted(sizes)} values"
             )
         self._setting = setting
-        dense = [max(int(cost.max()), 1) for cost in setting.problem.bytes]
-        saved = (1 - cost / size for cost, size in zip(setting.problem.bytes, dense, strict=True))
-        self._rows = list(setting.removed) or list(saved)
+        self._rows = list(setting.ratios)
         taken = [row[i] for row, i in zip(self._rows, setting.starts[0], strict=True)]
         self._removed = min(max(float(np.mean(taken)), 0.0), 1.0)
 

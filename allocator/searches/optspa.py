@@ -139,8 +139,7 @@ class GroupSpace:
             for name, units in steered.items()
         )
         members = tuple(map(tuple, steered.values()))
-        saved = tuple(1 - cost / max(int(cost[-1]), 1) for cost in bytes_)
-        return cls(setting.problem, setting.removed or saved, axes, members, caches)
+        return cls(setting.problem, setting.ratios, axes, members, caches)
 
     @property
     def seeds(self) -> tuple[tuple[float, ...], ...]:
