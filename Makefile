@@ -10,7 +10,7 @@ RUN_BUDGET := 3.25bpw
 # Evaluations end the search, so that it ends the same everywhere; the clock only where these take too long.
 
 .PHONY: run test lint test-slow test-embedded test-all bench-solvers bench-searches bench-compressing bench-rows bench-rows-quality bench-spaces bench-influence \
-  bench-measuring bench-anchors bench-anchors-full schema clean
+  bench-measuring bench-streaming bench-anchors bench-anchors-full schema clean
 
 run: $(STAMP)
 	$(BIN)/allocator search $(RUN_MODEL) --space bits --budget $(RUN_BUDGET) --trials 250 --time 15m \

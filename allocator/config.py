@@ -120,8 +120,8 @@ class SearchConfig(_Strict):
     """
 
     name: str = "model_guided"
-    scorer: str = "blend"
-    scorers: tuple[str, ...] = ("blend", "fisher", "reconstruction", "relative_error")
+    scorer: str = "correlated_blend"
+    scorers: tuple[str, ...] = ("correlated_blend", "fisher", "reconstruction", "relative_error")
     seed: Seed = 0
     window: Positive = 4
     batch: Positive | None = None

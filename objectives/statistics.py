@@ -21,7 +21,9 @@ from search_spaces.space import Member, SearchSpace
 
 logger = logging.getLogger(__name__)
 
-KINDS = frozenset({"second_moment", "hessian", "fisher"})
+KINDS = frozenset({"second_moment", "hessian", "fisher", "inputs"})
+SAMPLED_TOKENS = 1024
+"""Whose inputs are kept of each member, from all sequences together."""
 
 Progress = Callable[[int, int], None]
 
@@ -41,13 +43,13 @@ def collect_statistics(
         model: The dense model.
         task: Gives the sequences and the loss whose gradient is squared.
         space: Whose members are observed.
-        needs: Any of ``second_moment``, ``hessian``, ``fisher``.
+        needs: Any of ``second_moment``, ``hessian``, ``fisher``, ``inputs``.
         meter: Counts forward tokens; a backward counts as two forwards.
         progress: Told (sequences done, sequences in all) after each.
 
     Returns:
         By member name. A parameter whose inputs no hook can see (an embedding, a fused stack of
-        experts behind its router) has no second moment; this is logged.
+        experts behind its router) has no second moment, which is logged, and no inputs.
 
     Raises:
         ValueError: An unknown kind of statistics.
@@ -58,8 +60,8 @@ def collect_statistics(
     if not needs:
         return {}
     members = [m for unit in space.units for m in unit.members if not m.cache]
-    observed = Observation(model, members, needs)
     total = task.num_sequences("statistics")
+    observed = Observation(model, members, needs, num_sequences=total)
     with observed.listening():
         for index in range(total):
             loss = task.likelihood_loss(model, "statistics", index)
@@ -77,14 +79,25 @@ class Observation:
     Args:
         model: Holds the members; may be without weights elsewhere.
         members: What is observed.
-        needs: Any of ``second_moment``, ``hessian``, ``fisher``.
+        needs: Any of ``second_moment``, ``hessian``, ``fisher``, ``inputs``.
+        num_sequences: That it will see; of each an equal share of the sampled inputs is kept.
     """
 
-    def __init__(self, model: nn.Module, members: Sequence[Member], needs: Collection[str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        members: Sequence[Member],
+        needs: Collection[str],
+        *,
+        num_sequences: int,
+    ) -> None:
         self._members = members
         self._needs = needs
         inputs = members if {"second_moment", "hessian"} & set(needs) else []
         self._moments = _InputMoments(model, inputs, full="hessian" in needs)
+        self._samples = _InputSamples(
+            model, members if "inputs" in needs else [], most=-(-SAMPLED_TOKENS // num_sequences)
+        )
         self._fisher = _SquaredGradients(model, members if "fisher" in needs else [])
 
     @contextmanager
@@ -92,6 +105,7 @@ class Observation:
         """Observe what runs inside; one backward at a time is one gradient that is squared."""
         with ExitStack() as stack:
             stack.enter_context(self._moments.listening())
+            stack.enter_context(self._samples.listening())
             if "fisher" in self._needs:
                 stack.enter_context(self._fisher.listening())
             else:
@@ -112,6 +126,7 @@ class Observation:
                 ),
                 hessian=self._moments.hessian(member) if "hessian" in needs else None,
                 fisher=self._fisher.sum(member).mul_(fisher_scale) if "fisher" in needs else None,
+                inputs=self._samples.of(member) if "inputs" in needs else None,
             )
             for member in self._members
         }
@@ -164,6 +179,35 @@ def gradient_hooks(
                 handle.remove()
 
 
+@contextmanager
+def input_hooks(
+    model: nn.Module, members: Sequence[Member], consume: Callable[[Member, Tensor], None]
+) -> Iterator[None]:
+    """Hand what enters each member's module to ``consume``, where a hook can see it.
+
+    It cannot see what an embedding looks up, nor what a router sends to a stack of experts.
+    """
+
+    def handing(member: Member) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hand(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            del module
+            consume(member, inputs[0])
+
+        return hand
+
+    modules = {member.name: model.get_submodule(member.module) for member in members}
+    handles = [
+        modules[member.name].register_forward_pre_hook(handing(member))
+        for member in members
+        if len(member.shape) == 2 and not isinstance(modules[member.name], nn.Embedding)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class _SquaredGradients:
     """Sums of squared gradients by member, (matrices, rows, columns) or (rows, columns)."""
 
@@ -205,17 +249,9 @@ class _InputMoments:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        handles = [
-            self._model.get_submodule(member.module).register_forward_pre_hook(self._hook(member))
-            for member in self._members
-            if self._visible(member)
-        ]
-        try:
+        with input_hooks(self._model, self._members, self._observe):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._latest = None
+        self._latest = None
 
     def second_moment(self, member: Member) -> Tensor | None:
         """(columns,) or ``None`` where the inputs cannot be seen."""
@@ -232,22 +268,14 @@ class _InputMoments:
             return None
         return self._sums[member.name] / self._tokens[member.name]
 
-    def _visible(self, member: Member) -> bool:
-        module = self._model.get_submodule(member.module)
-        return len(member.shape) == 2 and not isinstance(module, nn.Embedding)
-
-    def _hook(self, member: Member) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def observe(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            del module
-            moment = self._moment(inputs[0])
-            if member.name in self._sums:
-                self._sums[member.name] += moment
-            else:
-                self._sums[member.name] = moment.clone()
-            tokens = inputs[0].shape[:-1].numel()
-            self._tokens[member.name] = self._tokens.get(member.name, 0) + tokens
-
-        return observe
+    def _observe(self, member: Member, inputs: Tensor) -> None:
+        moment = self._moment(inputs)
+        if member.name in self._sums:
+            self._sums[member.name] += moment
+        else:
+            self._sums[member.name] = moment.clone()
+        tokens = inputs.shape[:-1].numel()
+        self._tokens[member.name] = self._tokens.get(member.name, 0) + tokens
 
     def _moment(self, inputs: Tensor) -> Tensor:
         """Summed over tokens; q, k and v are handed one tensor, whose moment is taken once."""
@@ -256,3 +284,35 @@ class _InputMoments:
             moment = flat.T @ flat if self._full else flat.square().sum(0)
             self._latest = (inputs, moment)
         return self._latest[1]
+
+
+class _InputSamples:
+    """What some tokens put into each member's module: of every call the same share."""
+
+    def __init__(self, model: nn.Module, members: Sequence[Member], *, most: int) -> None:
+        self._model = model
+        self._members = members
+        self._most = most
+        self._kept: dict[str, list[Tensor]] = {}
+        self._latest: tuple[Tensor, Tensor] | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        with input_hooks(self._model, self._members, self._observe):
+            yield
+        self._latest = None
+
+    def of(self, member: Member) -> Tensor | None:
+        """(num_tokens, columns) or ``None`` where the inputs cannot be seen."""
+        kept = self._kept.get(member.name)
+        return None if kept is None else torch.cat(kept)
+
+    def _observe(self, member: Member, inputs: Tensor) -> None:
+        kept = self._kept.setdefault(member.name, [])
+        if self._latest is None or self._latest[0] is not inputs:  # q, k and v are handed one
+            flat = inputs.detach().flatten(0, -2)
+            chosen = torch.randperm(len(flat), generator=torch.Generator().manual_seed(len(kept)))[
+                : self._most
+            ]
+            self._latest = (inputs, flat[chosen.to(flat.device)].to("cpu", torch.bfloat16))
+        kept.append(self._latest[1])

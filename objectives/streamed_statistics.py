@@ -88,8 +88,8 @@ class StreamedStatistics:
         last.
 
         Args:
-            needs: Any of ``second_moment``, ``hessian``, ``fisher``; with none of them the model
-                is read but not run.
+            needs: Any of ``second_moment``, ``hessian``, ``fisher``, ``inputs``; with none of them
+                the model is read but not run.
             act: What to do with each part; statistics are dropped when it returns.
             progress: Told (passes over a part done, in all).
 
@@ -131,7 +131,7 @@ class StreamedStatistics:
     def _observation(self, part: Part, needs: Collection[str]) -> Observation:
         units = self._units.get(part, [])
         members = [member for unit in units for member in self._space.units[unit].members]
-        return Observation(self._stream.model, members, needs)
+        return Observation(self._stream.model, members, needs, num_sequences=self._total)
 
     def _enter(self, states: HiddenStates) -> list[Batch]:
         """One batch per sequence; what enters the first block."""

@@ -47,8 +47,12 @@ _WHOLE = "100%"
 def profile_model(
     model: Model,
     scorer: Annotated[
-        str, typer.Option(help="One or several with commas; see 'allocator list scorers'.")
-    ] = "blend",
+        str | None,
+        typer.Option(
+            help="One or several with commas ('allocator list scorers'); else correlated_blend, or "
+            "all with --compare."
+        ),
+    ] = None,
     compare_all: Annotated[
         bool,
         typer.Option("--compare", help="Hold scorers against measured losses."),
@@ -96,8 +100,10 @@ def profile_model(
         "search": {"seed": seed},
     }
     config = make_config(data)
-    words = [word.strip() for word in scorer.split(",")]
-    names = list(SCORERS) if compare_all and scorer == "blend" else words
+    if scorer is None:
+        names = list(SCORERS) if compare_all else ["correlated_blend"]
+    else:
+        names = [word.strip() for word in scorer.split(",")]
     for known in names:
         SCORERS[known]  # an unknown name is refused before anything is loaded
     folder = run_folder(runs, name or default_name(model, "profile", Path(space).stem, budget))

@@ -96,7 +96,9 @@ def search(
     ] = "model_guided",
     search_option: SearchOptions = [],
     latencies: Latencies = None,
-    scorer: Annotated[str, typer.Option(help="Loss table that the search starts from.")] = "blend",
+    scorer: Annotated[
+        str, typer.Option(help="Loss table that the search starts from.")
+    ] = "correlated_blend",
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     warm_start: WarmStart = None,
     window: Annotated[int, typer.Option(help="Proposals under way at once.")] = 4,

@@ -138,7 +138,7 @@ def test_returned_plan_is_the_best_on_the_guard_and_bounds_hold(model):
     assert plan.objective == "loss_increase"
     assert plan.search.num_evaluations == TRIALS
     assert plan.lower_bound_nats == pytest.approx(outcome.solution.loss)
-    assert set(outcome.tables) == {"blend", "fisher", "reconstruction", "relative_error"}
+    assert set(outcome.tables) == {"correlated_blend", "fisher", "reconstruction", "relative_error"}
     assert outcome.spent.tokens["statistics_backward"] == 2 * outcome.spent.tokens["statistics"]
     assert outcome.spent.tokens["search"] == 4 * len({e.key for e in outcome.history.evaluations})
 

@@ -128,7 +128,9 @@ def test_unknown_words_of_the_other_verbs(run, tmp_path):
     assert "did you mean 'dynamic'?" in refusal(
         "solve", run, "--budget", "3bpw", "--solver", "dynamc"
     )
-    assert "it has blend" in refusal("solve", run, "--budget", "3bpw", "--scorer", "hessian")
+    assert "it has correlated_blend" in refusal(
+        "solve", run, "--budget", "3bpw", "--scorer", "hessian"
+    )
     assert "cannot be met" in refusal("solve", run, "--budget", "1bpw")
     assert "runs there: run" in refusal("resume", "rnu", "--runs", run.parent)
     assert "no run 'nothing'" in refusal("report", "nothing", "--runs", tmp_path)

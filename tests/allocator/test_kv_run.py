@@ -59,7 +59,13 @@ def test_the_budget_covers_weights_and_caches(run, plan):
 def test_every_scorers_table_has_the_caches(run):
     space = load_space(run / "space.json")
     tables = load_losses(run / "losses.npz", space)
-    assert set(tables) == {"blend", "fisher", "reconstruction", "relative_error", "refit"}
+    assert set(tables) == {
+        "correlated_blend",
+        "fisher",
+        "reconstruction",
+        "relative_error",
+        "refit",
+    }
     for table in (tables[name] for name in tables if name != "refit"):
         for unit, row in zip(space.units, table.losses, strict=True):
             assert np.isfinite(row).all()

@@ -67,7 +67,7 @@ def test_a_corrected_table_solves_other_budgets(first, tmp_path):
     predicted = sum(float(row[i]) for row, i in zip(tables["refit"].losses, uniform, strict=True))
     measured = load(first / "plan.json")["search_nats"]["uniform"]["nats"]
     assert predicted == pytest.approx(measured, rel=0.5)
-    assert not np.allclose(tables["refit"].losses[0], tables["blend"].losses[0])
+    assert not np.allclose(tables["refit"].losses[0], tables["correlated_blend"].losses[0])
     words = ("solve", first, "--budget", "3bpw", "--scorer", "refit", "-o", tmp_path, "--json")
     (plan,) = json.loads(succeed(*words))
     assert plan["achieved_bytes"] <= plan["budget_bytes"]

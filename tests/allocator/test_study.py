@@ -156,7 +156,11 @@ def test_study_says_what_it_is_about(run, study):
     about = study.user_attrs
     assert about["budget"] == "2.6bpw"
     assert about["budget_bytes"] == config.budget_bytes
-    assert (about["space"], about["scorer"], about["search"]) == ("bits", "blend", "model_guided")
+    assert (about["space"], about["scorer"], about["search"]) == (
+        "bits",
+        "correlated_blend",
+        "model_guided",
+    )
     assert about["model"] == config.model.name
     assert load(about["plan"]) == load(run / "plan.json")
     assert about["returned"] == config.returned

@@ -193,6 +193,9 @@ SCALES = {
     "relative_error": lambda loss: loss.relative_error,
     "reconstruction": lambda loss: loss.relative_error,
     "blend": lambda loss: loss.nats**FISHER_WEIGHT * loss.relative_error ** (1 - FISHER_WEIGHT),
+    "correlated_blend": lambda loss: (
+        loss.nats**FISHER_WEIGHT * loss.relative_error ** (1 - FISHER_WEIGHT)
+    ),
 }
 
 

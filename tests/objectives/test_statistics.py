@@ -14,7 +14,7 @@ from objectives.statistics import collect_statistics
 from objectives.task import TokenMeter
 from search_spaces.build import SpaceRequest, build_space
 
-ALL_KINDS = ("fisher", "hessian", "second_moment")
+ALL_KINDS = ("fisher", "hessian", "inputs", "second_moment")
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 NUM_SEQUENCES, LENGTH = 3, 12
 

@@ -43,7 +43,7 @@ NUM_SEQUENCES, LENGTH = 5, 64
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "streaming.py"
 # Threaded, tied, positional, tuples, masks by layer, scaled embeddings, stacked experts.
 FAMILIES = ["qwen3", "mistral", "gpt2", "gemma2", "gemma3_text", "bloom", "opt", "gpt_oss"]
-SCORER_NAMES = ("blend", "fisher", "reconstruction", "relative_error")
+SCORER_NAMES = ("blend", "correlated_blend", "fisher", "reconstruction", "relative_error")
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +170,7 @@ def test_teacher_of_an_earlier_process_is_not_computed_again(tmp_path):
 @pytest.mark.parametrize("opened", [(), ("embeddings",)])
 @pytest.mark.parametrize("hidden_bytes", [10**9, 100_000])
 @pytest.mark.parametrize(
-    "needs", [("second_moment",), ("hessian", "second_moment"), ("fisher", "second_moment")]
+    "needs", [("second_moment",), ("hessian", "second_moment"), ("fisher", "inputs")]
 )
 def test_statistics_are_those_of_the_loaded_model(needs, hidden_bytes, opened):
     """With the hidden states in memory or mostly in files; with tied embeddings searched or not."""
@@ -220,7 +220,7 @@ def test_tables_and_statistics_file_are_those_of_the_loaded_model(menu, tmp_path
         settings=settings,
         progress=lambda done, total: told.append((done, total)),
     )
-    needs = space.needs | {"fisher", "second_moment"}
+    needs = space.needs | {"fisher", "inputs", "second_moment"}
     context = context_of(model, space, LanguageTask(calibration), needs=needs)
     context.bank.use_statistics(context.statistics)
     assert list(profile.tables) == list(SCORER_NAMES)

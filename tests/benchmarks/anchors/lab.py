@@ -74,7 +74,7 @@ class Lab:
     def context(self) -> ScoringContext:
         """What scorers look at."""
         if self._statistics is None:
-            self._statistics = self.bench.observe({"fisher", "second_moment"})
+            self._statistics = self.bench.observe({"fisher", "inputs", "second_moment"})
         bench = self.bench
         return ScoringContext(
             space=self.space,

@@ -117,6 +117,7 @@ ON_REQUEST = (
     "amq, whole front",
     "evolution B, truncated",
     "evolution B, 10 x tokens",
+    "model_guided, blend",
     "model_guided, no slopes",
 )
 """Searches that answer questions of their own."""
@@ -126,14 +127,15 @@ def searches(kind: str, length: int) -> dict[str, Searched]:
     """The searches of the table; ``kind`` is ``bits`` or ``sparsity``.
 
     Those ``ON_REQUEST`` tell what AMQ is with its published options, what EvoPress is with its
-    published schedule cut off and with ten times the tokens, and ``model_guided`` without slopes.
+    published schedule cut off and with ten times the tokens, and ``model_guided`` from the blend's
+    table and without slopes.
     """
     free = evolution(kind, length, same_size_only=False)
     cut = evolution(kind, length, same_size_only=False, rescaled=False)
     tpe = Searched(lambda setting, batches: TPE(setting), prior="relative_error")
     guided = Searched(
         lambda setting, batches: ModelGuided(setting),
-        prior="blend",
+        prior="correlated_blend",
         sequences=ModelGuided.preferred_sequences,
     )
     blind = replace(guided, make=lambda s, batches: ModelGuided(replace(s, slopes=False)))
@@ -148,6 +150,7 @@ def searches(kind: str, length: int) -> dict[str, Searched]:
         "evolution B, truncated": Searched(cut),
         "evolution B, 10 x tokens": Searched(free, multiple=10),
         "model_guided": guided,
+        "model_guided, blend": replace(guided, prior="blend"),
         "model_guided, no slopes": blind,
     }
 
@@ -158,6 +161,7 @@ def one_shots(kind: str) -> dict[str, OneShot]:
         "relative error + solver": OneShot("relative_error"),
         "fisher + solver": OneShot("fisher"),
         "blend + solver": OneShot("blend"),
+        "correlated blend + solver": OneShot("correlated_blend"),
         "one at a time + solver": OneShot("one_at_a_time"),
         "noise injection (HIGGS) + solver": OneShot("noise_injection"),
         "marginal perplexity cut (ASVD)": OneShot("marginal_perplexity", "cut"),

@@ -1,0 +1,49 @@
+"""Correlated blend: the blend, times how far the errors of a matrix cancel in its outputs.
+
+The problem: :class:`~objectives.sensitivity.blend.Blend` judges errors weight by weight. GPTQ and
+SparseGPT move weights far on purpose, so that what they do to the outputs cancels; a table over
+weights takes that care for damage, and is wrong by factors between these operators and plain
+rounding. Inputs of a thousand tokens show how much of the error arrives at the outputs, beside what
+would arrive if the errors of a row were independent. For rounding that is about 1. Where no hook
+sees the inputs of a parameter (embeddings, stacked experts), and for caches, it is taken to be 1.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from objectives.sensitivity.base import CellScorer, ScoringContext, weighted_square
+from objectives.sensitivity.blend import Blend
+
+
+class CorrelatedBlend(CellScorer):
+    """``blend x |X E'|^2 / sum x^2 E^2``: the blend, for errors E that correlate within rows."""
+
+    name: ClassVar[str] = "correlated_blend"
+    unit: ClassVar[str] = "blend"
+    needs: ClassVar[frozenset[str]] = Blend.needs | {"inputs"}
+
+    def cell(self, context: ScoringContext, unit: int, option: int) -> float:
+        """The blend of one option times what arrives of its error."""
+        return Blend().cell(context, unit, option) * _arriving(context, unit, option)
+
+
+def _arriving(context: ScoringContext, unit: int, option: int) -> float:
+    """Squared change of the outputs over what independent errors would make of it."""
+    if context.space.units[unit].is_cache:
+        return 1.0
+    arriving = independent = 0.0
+    for _, _, error, stats in context.errors(unit, option):
+        if stats.inputs is None:
+            return 1.0
+        inputs = stats.inputs.to(error.device, torch.float32)
+        arriving += _sum_of_squares(inputs @ error[0].T)
+        independent += weighted_square(error[0], inputs.square().sum(0))
+    return arriving / independent if independent else 1.0
+
+
+def _sum_of_squares(values: Tensor) -> float:
+    return float(values.square().sum(dtype=torch.float64))

@@ -1,0 +1,93 @@
+"""The blend, times how much of a matrix's error arrives at its outputs."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from dense_gradients import change, storable_model, with_caches
+from language import random_tokens, trained
+from scoring import make_context, table
+
+from objectives import statistics
+from objectives.bank import Bank
+from objectives.evaluator import Evaluator
+from search_spaces.operators import GPTQ, Keep, RoundToNearest, SparseGPT
+from search_spaces.operators.members import logical
+
+MENU = (RoundToNearest(2, 16), RoundToNearest(4, 16), Keep())
+BFLOAT16 = 0.02  # what rounding inputs to eight bits may change
+
+
+@pytest.mark.parametrize(("family", "ties"), [("llama", "vllm"), ("gpt2", "none")])
+def test_is_the_blend_times_what_arrives_of_the_error(family, ties):
+    """Held to moments over all tokens, which small texts keep."""
+    context = make_context(storable_model(family), random_tokens(), MENU, ties=ties)
+    blend = table("blend", context)
+    for unit, row in enumerate(table("correlated_blend", context)):
+        assert row[2] == 0.0
+        for option in (0, 1):
+            errors, arriving, independent = change(context, unit, option), 0.0, 0.0
+            for member in context.space.units[unit].members:
+                error = logical(errors[member.name], member)[0]
+                hessian = context.statistics[member.name].hessian.double()
+                arriving += float((error @ hessian @ error.T).trace())
+                independent += float((error.square() * hessian.diagonal()).sum())
+            expected = blend[unit][option] * arriving / independent
+            assert row[option] == pytest.approx(expected, rel=BFLOAT16)
+
+
+def test_is_the_blend_where_no_hook_sees_the_inputs():
+    context = make_context(
+        storable_model("mixtral"), random_tokens(), MENU, open_units=("embeddings",)
+    )
+    rows, blend = table("correlated_blend", context), table("blend", context)
+    hidden = [
+        i for i, u in enumerate(context.space.units) if "experts" in u.name or "embed" in u.name
+    ]
+    assert len(hidden) > 1
+    for unit in range(len(rows)):
+        assert (rows[unit] == blend[unit]) == (unit in hidden)
+
+
+def test_caches_have_the_blends_loss():
+    context = with_caches(storable_model("llama"), random_tokens(), *MENU)
+    context = replace(
+        context, statistics=make_context(context.model, random_tokens(), MENU).statistics
+    )
+    for unit, entry in enumerate(context.space.units):
+        if entry.is_cache:
+            assert table("correlated_blend", context)[unit] == table("blend", context)[unit]
+
+
+def test_a_sample_of_the_tokens_stands_for_all(monkeypatch):
+    model, calibration = trained()
+    total = calibration.splits["statistics"].numel()
+
+    def sampling(tokens):
+        monkeypatch.setattr(statistics, "SAMPLED_TOKENS", tokens)
+        context = make_context(
+            model, calibration, (RoundToNearest(3, 32),), needs=("fisher", "inputs")
+        )
+        assert {len(found.inputs) for found in context.statistics.values()} == {tokens}
+        return context
+
+    whole, sampled = sampling(total), sampling(total // 4)
+    ratios = np.array(table("correlated_blend", sampled)) / table("correlated_blend", whole)
+    assert ratios.min() > 0.8
+    assert ratios.max() < 1.25
+    assert not np.allclose(ratios, 1)
+
+
+def test_operators_that_solve_for_outputs_get_their_due():
+    """Beside rounding, a table over weights takes the care of GPTQ and SparseGPT for damage."""
+    model, calibration = trained()
+    menu = (RoundToNearest(4, 32), GPTQ(4, 32), GPTQ(3, 32), SparseGPT(0.5), Keep())
+    context = make_context(model, calibration, menu)
+    bank = Bank(model, context.space, statistics=context.statistics)
+    evaluator = Evaluator(model, context.task, bank, context.meter)
+    context = replace(context, bank=bank, evaluator=evaluator)
+    measured, blend, correlated = (
+        np.array(table(name, context))[:, :-1].mean(0)
+        for name in ("one_at_a_time", "blend", "correlated_blend")
+    )
+    assert np.ptp(np.log(measured / correlated)) < 0.5 * np.ptp(np.log(measured / blend))
