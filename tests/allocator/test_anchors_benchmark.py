@@ -107,6 +107,29 @@ def test_a_second_run_does_nothing(copy, monkeypatch):
     assert (copy / "sparsity-seed0.jsonl").read_bytes() == before
 
 
+def test_nothing_begins_when_time_is_up(copy, capsys):
+    """And nobody is told to go on where everything is there."""
+    everything = copy / "sparsity-seed0.jsonl"
+    bench(copy, *CELL, "--methods", "uniform", *METHODS, "--minutes", "1e-9")
+    assert "minutes are up" not in capsys.readouterr().out
+    lines = everything.read_text().splitlines(keepends=True)
+    everything.write_text("".join(lines[:-1]))
+    bench(copy, *CELL, "--methods", "uniform", *METHODS, "--minutes", "1e-9")
+    assert "1e-09 minutes are up: the same command goes on" in capsys.readouterr().out
+    assert everything.read_text() == "".join(lines[:-1])
+
+
+def test_time_is_up_before_the_longest_work_would_end(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    clock = run.Clock(1)
+    for seconds, allowed in ((25, True), (25, False)):
+        with clock.work():
+            now[0] += seconds
+        assert clock.allows() == allowed
+    assert run.Clock(0).allows()
+
+
 def test_a_folder_goes_on_where_a_csv_ended(finished, tmp_path, monkeypatch):
     """Nothing of it is measured again; table and CSV are those of the folder that it is from."""
     monkeypatch.setattr(run, "Lab", None)

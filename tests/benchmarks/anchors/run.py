@@ -1,7 +1,7 @@
 """Published allocation methods and ours on one bank: held-out KL at equal bytes and equal tokens.
 
 python tests/benchmarks/anchors/run.py --folder runs/anchors --seeds 0 1 2 3 4 --tokens 60000
-python tests/benchmarks/anchors/run.py --profile small   # 30 minutes on two cores
+python tests/benchmarks/anchors/run.py --profile small   # what 30 minutes hold
 python tests/benchmarks/anchors/run.py --table        # only the table of what is there
 python tests/benchmarks/anchors/run.py --earlier results.csv   # goes on where another folder ended
 """
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from summary import write_summary
 
 from objectives.loading import resolve_device, resolve_dtype
 
-# What ends in half an hour on two cores: the cell in which published methods claim most.
+# Half an hour on the cell in which published methods claim most, seed after seed.
 SMALL = {
+    "minutes": 30.0,
     "budgets": ["3 bit"],
     "seeds": [0, 1, 2],
     "tokens": 30_000,
@@ -34,6 +37,34 @@ SMALL = {
 DECISIVE = ("model", "text", "length", "statistics", "search", "heldout", "tokens")
 
 Method = OneShot | Searched | None
+
+
+class Clock:
+    """Lets nothing begin that would probably not end in time.
+
+    Args:
+        minutes: From now on; 0 for no end.
+
+    Attributes:
+        stopped: Something was not begun.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self._end = time.monotonic() + 60 * minutes if minutes else math.inf
+        self._longest = 0.0
+        self.stopped = False
+
+    def allows(self) -> bool:
+        """Whether work as long as the longest so far would end in time."""
+        self.stopped = time.monotonic() + self._longest > self._end
+        return not self.stopped
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """Remember how long the work inside takes."""
+        started = time.monotonic()
+        yield
+        self._longest = max(self._longest, time.monotonic() - started)
 
 
 def methods(options: argparse.Namespace, space: str) -> dict[str, Method]:
@@ -59,19 +90,28 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {**named, "dtype": str(dtype).removeprefix("torch.")}
 
 
-def run(options: argparse.Namespace, space: str, seed: int, earlier: list[dict]) -> None:
-    """Every job of one seed that has no result yet, neither here nor among the earlier ones."""
+def run(
+    options: argparse.Namespace, space: str, seed: int, earlier: list[dict], clock: Clock
+) -> None:
+    """Every job of one seed that has no result yet, neither here nor among the earlier ones.
+
+    Where time is up the rest is left, which the same command goes on with.
+    """
     path = options.folder / f"{space}-seed{seed}.jsonl"
     results = [r for r in earlier if (r["space"], r["seed"]) == (space, seed)] + read_results(path)
     done = {(result["budget"], result["method"]) for result in results}
     todo = [job for job in jobs(options, space) if job[:2] not in done]
-    if not todo:
+    if not todo or not clock.allows():
         return
-    lab = Lab(options, space, seed)
+    with clock.work():
+        lab = Lab(options, space, seed)
     for budget, name, method in todo:
+        if not clock.allows():
+            return
         cell = f"{space} {budget} seed {seed} {name}"
         try:
-            result = measure(lab, budget, name, method)
+            with clock.work():
+                result = measure(lab, budget, name, method)
         except CannotStartError as reason:
             print(f"{cell}: skipped, {reason}", flush=True)
             continue
@@ -147,6 +187,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=[], help="default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tokens", type=int, default=60_000, help="of every method")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=0.0,
+        help="begin nothing that would end later; the same command goes on; 0: no limit",
+    )
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument(
         "--earlier",
@@ -164,15 +210,18 @@ def main(words: Sequence[str] | None = None) -> None:
         earlier = read_csv(options.earlier) if options.earlier else []
     except ValueError as error:
         parser.error(str(error))
+    clock = Clock(options.minutes)
     if not options.table:
         if reason := refusal(options):
             parser.error(reason)
         for space in options.spaces:
             for seed in options.seeds:
-                run(options, space, seed, earlier)
+                run(options, space, seed, earlier, clock)
                 gc.collect()  # a bank is gigabytes, and part of cycles
     try:
         results = read_folder(options.folder)
+        if clock.stopped:
+            print(f"{options.minutes:g} minutes are up: the same command goes on", flush=True)
     except ValueError as error:
         parser.error(str(error))
     write_summary(options.folder, together(earlier, results))
