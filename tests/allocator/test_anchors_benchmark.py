@@ -12,6 +12,7 @@ import lab
 import pytest
 import records
 import run
+import table_errors
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -221,3 +222,14 @@ def test_too_few_tokens_skip_a_method(starved):
     _, printed = starved
     assert "tpe, blend: skipped, 4 tokens, after its statistics, do not hold" in printed
     assert "evolution B: skipped, 1 batches do not hold one generation" in printed
+
+
+def test_tables_are_held_against_measured_losses(capsys):
+    table_errors.main([*TINY, "--space", "bits-g32", "--seeds", "1"])
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines]
+    assert [row[:2] for row in rows] == [[scorer, "1"] for scorer in table_errors.SCORERS]
+    spreads = {row[0]: [float(word) for word in row[2:]] for row in rows}
+    for whole, between, within in spreads.values():
+        assert whole**2 == pytest.approx(between**2 + within**2, abs=0.02)
+    assert spreads["fisher"][0] < 0.5 * spreads["relative_error"][0]
