@@ -4,8 +4,9 @@ The problem: :class:`~objectives.sensitivity.blend.Blend` judges errors weight b
 SparseGPT move weights far on purpose, so that what they do to the outputs cancels; a table over
 weights takes that care for damage, and is wrong by factors between these operators and plain
 rounding. Inputs of a thousand tokens show how much of the error arrives at the outputs, beside what
-would arrive if the errors of a row were independent. For rounding that is about 1. Where no hook
-sees the inputs of a parameter (embeddings, stacked experts), and for caches, it is taken to be 1.
+would arrive if the errors of a row were independent. That is done for operators that need the
+inputs' Hessian; the errors of others are independent, or nearly. Where no hook sees the inputs of a
+parameter (embeddings, stacked experts) nothing is known of it, and the blend stays as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from objectives.sensitivity.blend import Blend
 
 
 class CorrelatedBlend(CellScorer):
-    """``blend x |X E'|^2 / sum x^2 E^2``: the blend, for errors E that correlate within rows."""
+    """``blend x |X E'|^2 / sum x^2 E^2`` for operators that solve for outputs; else ``blend``."""
 
     name: ClassVar[str] = "correlated_blend"
     unit: ClassVar[str] = "blend"
@@ -33,7 +34,7 @@ class CorrelatedBlend(CellScorer):
 
 def _arriving(context: ScoringContext, unit: int, option: int) -> float:
     """Squared change of the outputs over what independent errors would make of it."""
-    if context.space.units[unit].is_cache:
+    if "hessian" not in context.space.menus[unit][option].operator.needs:
         return 1.0
     arriving = independent = 0.0
     for _, _, error, stats in context.errors(unit, option):

@@ -64,8 +64,8 @@ def draw(records, path: Path) -> None:
             draw_panel(axes, panel, looks)
             seeds = f"{panel.seeds} seed" + "s" * (panel.seeds > 1)
             axes.set_title(f"{place[0]}, {place[1]} ({seeds})")
-        add_legend(grid)
         figure.tight_layout()
+        add_legend(grid)  # a tall one would pull the rows apart
         figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
         pyplot.close(figure)
 

@@ -14,18 +14,29 @@ from objectives.evaluator import Evaluator
 from search_spaces.operators import GPTQ, Keep, RoundToNearest, SparseGPT
 from search_spaces.operators.members import logical
 
-MENU = (RoundToNearest(2, 16), RoundToNearest(4, 16), Keep())
+MENU = (RoundToNearest(2, 16), GPTQ(2, 16), GPTQ(3, 16), Keep())
 BFLOAT16 = 0.02  # what rounding inputs to eight bits may change
+
+
+def served(model, calibration, menu, **request):
+    """A context whose operators get the statistics that they need."""
+    context = make_context(model, calibration, menu, **request)
+    bank = Bank(model, context.space, statistics=context.statistics)
+    evaluator = Evaluator(model, context.task, bank, context.meter)
+    return replace(context, bank=bank, evaluator=evaluator)
 
 
 @pytest.mark.parametrize(("family", "ties"), [("llama", "vllm"), ("gpt2", "none")])
 def test_is_the_blend_times_what_arrives_of_the_error(family, ties):
-    """Held to moments over all tokens, which small texts keep."""
-    context = make_context(storable_model(family), random_tokens(), MENU, ties=ties)
+    """Held to moments over all tokens, which small texts keep; rounding has the blend's loss."""
+    context = served(storable_model(family), random_tokens(), MENU, ties=ties)
     blend = table("blend", context)
     for unit, row in enumerate(table("correlated_blend", context)):
-        assert row[2] == 0.0
-        for option in (0, 1):
+        assert row[3] == 0.0
+        for option, found in enumerate(context.space.menus[unit]):
+            if not isinstance(found.operator, GPTQ):
+                assert row[option] == blend[unit][option]
+                continue
             errors, arriving, independent = change(context, unit, option), 0.0, 0.0
             for member in context.space.units[unit].members:
                 error = logical(errors[member.name], member)[0]
@@ -37,26 +48,18 @@ def test_is_the_blend_times_what_arrives_of_the_error(family, ties):
 
 
 def test_is_the_blend_where_no_hook_sees_the_inputs():
-    context = make_context(
-        storable_model("mixtral"), random_tokens(), MENU, open_units=("embeddings",)
-    )
-    rows, blend = table("correlated_blend", context), table("blend", context)
-    hidden = [
-        i for i, u in enumerate(context.space.units) if "experts" in u.name or "embed" in u.name
-    ]
-    assert len(hidden) > 1
-    for unit in range(len(rows)):
-        assert (rows[unit] == blend[unit]) == (unit in hidden)
+    context = served(storable_model("llama"), random_tokens(), (GPTQ(2, 16),))
+    blind = {name: replace(stats, inputs=None) for name, stats in context.statistics.items()}
+    assert table("correlated_blend", replace(context, statistics=blind)) == table("blend", context)
+    assert table("correlated_blend", context) != table("blend", context)
 
 
 def test_caches_have_the_blends_loss():
-    context = with_caches(storable_model("llama"), random_tokens(), *MENU)
-    context = replace(
-        context, statistics=make_context(context.model, random_tokens(), MENU).statistics
-    )
-    for unit, entry in enumerate(context.space.units):
-        if entry.is_cache:
-            assert table("correlated_blend", context)[unit] == table("blend", context)[unit]
+    context = with_caches(storable_model("llama"), random_tokens(), RoundToNearest(2, 16), Keep())
+    plain = make_context(context.model, random_tokens(), (Keep(),))
+    context = replace(context, statistics=plain.statistics)
+    assert any(unit.is_cache for unit in context.space.units)
+    assert table("correlated_blend", context) == table("blend", context)
 
 
 def test_a_sample_of_the_tokens_stands_for_all(monkeypatch):
@@ -65,9 +68,7 @@ def test_a_sample_of_the_tokens_stands_for_all(monkeypatch):
 
     def sampling(tokens):
         monkeypatch.setattr(statistics, "SAMPLED_TOKENS", tokens)
-        context = make_context(
-            model, calibration, (RoundToNearest(3, 32),), needs=("fisher", "inputs")
-        )
+        context = served(model, calibration, (GPTQ(3, 32),))
         assert {len(found.inputs) for found in context.statistics.values()} == {tokens}
         return context
 
@@ -82,10 +83,7 @@ def test_operators_that_solve_for_outputs_get_their_due():
     """Beside rounding, a table over weights takes the care of GPTQ and SparseGPT for damage."""
     model, calibration = trained()
     menu = (RoundToNearest(4, 32), GPTQ(4, 32), GPTQ(3, 32), SparseGPT(0.5), Keep())
-    context = make_context(model, calibration, menu)
-    bank = Bank(model, context.space, statistics=context.statistics)
-    evaluator = Evaluator(model, context.task, bank, context.meter)
-    context = replace(context, bank=bank, evaluator=evaluator)
+    context = served(model, calibration, menu)
     measured, blend, correlated = (
         np.array(table(name, context))[:, :-1].mean(0)
         for name in ("one_at_a_time", "blend", "correlated_blend")
