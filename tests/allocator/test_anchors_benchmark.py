@@ -224,6 +224,15 @@ def test_too_few_tokens_skip_a_method(starved):
     assert "evolution B: skipped, 1 batches do not hold one generation" in printed
 
 
+def test_curves_are_drawn_where_no_search_has_all_seeds(copy):
+    first, *_ = records.read_results(copy / "sparsity-seed0.jsonl")
+    assert first["method"] == "uniform"
+    records.append_result(copy / "sparsity-seed1.jsonl", {**first, "seed": 1})
+    (copy / "curves.svg").unlink()
+    bench(copy, "--table")
+    assert (copy / "curves.svg").stat().st_size
+
+
 def test_tables_are_held_against_measured_losses(capsys):
     table_errors.main([*TINY, "--space", "bits-g32", "--seeds", "1"])
     _, _, *lines = capsys.readouterr().out.splitlines()

@@ -99,7 +99,7 @@ def draw_panel(axes, panel: Panel, looks) -> None:
     """Searches as lines with their intervals, one-shots as points, uniform as a level."""
     shown = panel.shown()
     reads = {tokens for points in shown.values() for tokens in points if tokens}
-    first = min(reads) / 2  # where what reads nothing stands
+    first = min(reads, default=2) / 2  # where what reads nothing stands
     for name, points in sorted(shown.items()):
         tokens = sorted(points)
         means, halves = np.transpose([interval(points[t]) for t in tokens])
@@ -134,7 +134,7 @@ def label_tokens(axes, shown, first: float) -> None:
     axes.set(xscale="log", xlabel="tokens, statistics included")
     ticks = sorted({t for points in shown.values() if len(points) > 1 for t in points})
     for tokens in sorted({t for points in shown.values() for t in points}):
-        if tokens > 4 * ticks[-1]:  # one-shots that read more than any search
+        if not ticks or tokens > 4 * ticks[-1]:  # one-shots that read more than any search
             ticks.append(tokens)
     ticks = apart(ticks)
     labels = [f"{t / 1000:.3g}k" if t < 999_500 else f"{t / 1e6:.3g}M" for t in ticks]
