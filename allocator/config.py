@@ -13,6 +13,8 @@ from search_spaces.whole_file import write_whole
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
 Objective = Literal["kl", "cross_entropy", "perplexity", "hidden_state", "embedding"]
+DEFAULT_SCORER = "correlated_blend"
+"""Whose table a search starts from."""
 
 
 class _Strict(BaseModel):
@@ -120,8 +122,8 @@ class SearchConfig(_Strict):
     """
 
     name: str = "model_guided"
-    scorer: str = "correlated_blend"
-    scorers: tuple[str, ...] = ("correlated_blend", "fisher", "reconstruction", "relative_error")
+    scorer: str = DEFAULT_SCORER
+    scorers: tuple[str, ...] = (DEFAULT_SCORER, "fisher", "reconstruction", "relative_error")
     seed: Seed = 0
     window: Positive = 4
     batch: Positive | None = None

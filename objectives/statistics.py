@@ -181,17 +181,25 @@ def gradient_hooks(
 
 @contextmanager
 def input_hooks(
-    model: nn.Module, members: Sequence[Member], consume: Callable[[Member, Tensor], None]
+    model: nn.Module,
+    members: Sequence[Member],
+    make: Callable[[Member, Tensor], Tensor],
+    consume: Callable[[Member, Tensor, int], None],
 ) -> Iterator[None]:
-    """Hand what enters each member's module to ``consume``, where a hook can see it.
+    """Hand what ``make`` makes of each module's inputs to ``consume``, with how many tokens it saw.
 
-    It cannot see what an embedding looks up, nor what a router sends to a stack of experts.
+    It is made once of a tensor that several members are handed, as q, k and v are. A hook cannot
+    see what an embedding looks up, nor what a router sends to a stack of experts.
     """
+    latest: tuple[Tensor, Tensor] | None = None
 
     def handing(member: Member) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hand(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            nonlocal latest
             del module
-            consume(member, inputs[0])
+            if latest is None or latest[0] is not inputs[0]:
+                latest = inputs[0], make(member, inputs[0].detach().flatten(0, -2))
+            consume(member, latest[1], inputs[0].shape[:-1].numel())
 
         return hand
 
@@ -245,13 +253,9 @@ class _InputMoments:
         self._full = full
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
-        self._latest: tuple[Tensor, Tensor] | None = None
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        with input_hooks(self._model, self._members, self._observe):
-            yield
-        self._latest = None
+    def listening(self) -> AbstractContextManager[None]:
+        return input_hooks(self._model, self._members, self._moment, self._fold)
 
     def second_moment(self, member: Member) -> Tensor | None:
         """(columns,) or ``None`` where the inputs cannot be seen."""
@@ -268,22 +272,18 @@ class _InputMoments:
             return None
         return self._sums[member.name] / self._tokens[member.name]
 
-    def _observe(self, member: Member, inputs: Tensor) -> None:
-        moment = self._moment(inputs)
+    def _moment(self, member: Member, flat: Tensor) -> Tensor:
+        """Summed over tokens."""
+        del member
+        flat = flat.float()
+        return flat.T @ flat if self._full else flat.square().sum(0)
+
+    def _fold(self, member: Member, moment: Tensor, tokens: int) -> None:
         if member.name in self._sums:
             self._sums[member.name] += moment
         else:
             self._sums[member.name] = moment.clone()
-        tokens = inputs.shape[:-1].numel()
         self._tokens[member.name] = self._tokens.get(member.name, 0) + tokens
-
-    def _moment(self, inputs: Tensor) -> Tensor:
-        """Summed over tokens; q, k and v are handed one tensor, whose moment is taken once."""
-        if self._latest is None or self._latest[0] is not inputs:
-            flat = inputs.detach().flatten(0, -2).float()
-            moment = flat.T @ flat if self._full else flat.square().sum(0)
-            self._latest = (inputs, moment)
-        return self._latest[1]
 
 
 class _InputSamples:
@@ -293,26 +293,22 @@ class _InputSamples:
         self._model = model
         self._members = members
         self._most = most
-        self._kept: dict[str, list[Tensor]] = {}
-        self._latest: tuple[Tensor, Tensor] | None = None
+        self._kept: dict[str, list[Tensor]] = {member.name: [] for member in members}
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        with input_hooks(self._model, self._members, self._observe):
-            yield
-        self._latest = None
+    def listening(self) -> AbstractContextManager[None]:
+        return input_hooks(self._model, self._members, self._sample, self._keep)
 
     def of(self, member: Member) -> Tensor | None:
         """(num_tokens, columns) or ``None`` where the inputs cannot be seen."""
-        kept = self._kept.get(member.name)
-        return None if kept is None else torch.cat(kept)
+        kept = self._kept[member.name]
+        return torch.cat(kept) if kept else None
 
-    def _observe(self, member: Member, inputs: Tensor) -> None:
-        kept = self._kept.setdefault(member.name, [])
-        if self._latest is None or self._latest[0] is not inputs:  # q, k and v are handed one
-            flat = inputs.detach().flatten(0, -2)
-            chosen = torch.randperm(len(flat), generator=torch.Generator().manual_seed(len(kept)))[
-                : self._most
-            ]
-            self._latest = (inputs, flat[chosen.to(flat.device)].to("cpu", torch.bfloat16))
-        kept.append(self._latest[1])
+    def _sample(self, member: Member, flat: Tensor) -> Tensor:
+        """Of a member's n-th call the same tokens, whatever part of the model runs."""
+        generator = torch.Generator().manual_seed(len(self._kept[member.name]))
+        chosen = torch.randperm(len(flat), generator=generator)[: self._most]
+        return flat[chosen.to(flat.device)].to("cpu", torch.bfloat16)
+
+    def _keep(self, member: Member, sample: Tensor, tokens: int) -> None:
+        del tokens
+        self._kept[member.name].append(sample)

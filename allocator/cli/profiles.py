@@ -31,7 +31,7 @@ from allocator.cli.options import (
     space_data,
 )
 from allocator.cli.terminal import console, print_json, reporting
-from allocator.config import RunConfig
+from allocator.config import DEFAULT_SCORER, RunConfig
 from allocator.reporter import Reporter
 from allocator.run_folder import RunFolder, load_losses, run_folder, save_losses, save_space
 from search_spaces.space import SearchSpace
@@ -49,8 +49,8 @@ def profile_model(
     scorer: Annotated[
         str | None,
         typer.Option(
-            help="One or several with commas ('allocator list scorers'); else correlated_blend, or "
-            "all with --compare."
+            help=f"One or several with commas ('allocator list scorers'); else {DEFAULT_SCORER}, "
+            "or all with --compare."
         ),
     ] = None,
     compare_all: Annotated[
@@ -101,7 +101,7 @@ def profile_model(
     }
     config = make_config(data)
     if scorer is None:
-        names = list(SCORERS) if compare_all else ["correlated_blend"]
+        names = list(SCORERS) if compare_all else [DEFAULT_SCORER]
     else:
         names = [word.strip() for word in scorer.split(",")]
     for known in names:

@@ -31,7 +31,7 @@ from allocator.cli.options import (
     space_data,
 )
 from allocator.cli.terminal import console, format_bytes, parse_duration, print_json, reporting
-from allocator.config import Objective, RunConfig
+from allocator.config import DEFAULT_SCORER, Objective, RunConfig
 from allocator.run_folder import existing_run, run_folder
 from allocator.searches import preferred_sequences
 from allocator.searches.options import parse_options
@@ -98,7 +98,7 @@ def search(
     latencies: Latencies = None,
     scorer: Annotated[
         str, typer.Option(help="Loss table that the search starts from.")
-    ] = "correlated_blend",
+    ] = DEFAULT_SCORER,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     warm_start: WarmStart = None,
     window: Annotated[int, typer.Option(help="Proposals under way at once.")] = 4,

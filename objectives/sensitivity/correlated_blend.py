@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from objectives.sensitivity.base import CellScorer, ScoringContext, weighted_square
 from objectives.sensitivity.blend import Blend
@@ -41,10 +40,6 @@ def _arriving(context: ScoringContext, unit: int, option: int) -> float:
         if stats.inputs is None:
             return 1.0
         inputs = stats.inputs.to(error.device, torch.float32)
-        arriving += _sum_of_squares(inputs @ error[0].T)
+        arriving += float((inputs @ error[0].T).square().sum(dtype=torch.float64))
         independent += weighted_square(error[0], inputs.square().sum(0))
     return arriving / independent if independent else 1.0
-
-
-def _sum_of_squares(values: Tensor) -> float:
-    return float(values.square().sum(dtype=torch.float64))

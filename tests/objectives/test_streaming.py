@@ -170,7 +170,8 @@ def test_teacher_of_an_earlier_process_is_not_computed_again(tmp_path):
 @pytest.mark.parametrize("opened", [(), ("embeddings",)])
 @pytest.mark.parametrize("hidden_bytes", [10**9, 100_000])
 @pytest.mark.parametrize(
-    "needs", [("second_moment",), ("hessian", "second_moment"), ("fisher", "inputs")]
+    "needs",
+    [("second_moment",), ("hessian", "second_moment"), ("fisher", "inputs", "second_moment")],
 )
 def test_statistics_are_those_of_the_loaded_model(needs, hidden_bytes, opened):
     """With the hidden states in memory or mostly in files; with tied embeddings searched or not."""

@@ -9,8 +9,6 @@ from language import random_tokens, trained
 from scoring import make_context, table
 
 from objectives import statistics
-from objectives.bank import Bank
-from objectives.evaluator import Evaluator
 from search_spaces.operators import GPTQ, Keep, RoundToNearest, SparseGPT
 from search_spaces.operators.members import logical
 
@@ -21,9 +19,8 @@ BFLOAT16 = 0.02  # what rounding inputs to eight bits may change
 def served(model, calibration, menu, **request):
     """A context whose operators get the statistics that they need."""
     context = make_context(model, calibration, menu, **request)
-    bank = Bank(model, context.space, statistics=context.statistics)
-    evaluator = Evaluator(model, context.task, bank, context.meter)
-    return replace(context, bank=bank, evaluator=evaluator)
+    context.bank.use_statistics(context.statistics)
+    return context
 
 
 @pytest.mark.parametrize(("family", "ties"), [("llama", "vllm"), ("gpt2", "none")])
