@@ -3,13 +3,19 @@
 Second moments come from hooks on the modules that own the matrices; the empirical Fisher from one
 backward pass per sequence (squaring a batch-summed gradient would be wrong). Gradients are folded
 into the accumulators as soon as they appear, so that memory is one float32 accumulator per weight.
+
+Weighted inputs judge operators that were fitted to the inputs of the statistics split, on which
+they look better than they are. So these are read on other text, the search split's.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +27,10 @@ from search_spaces.space import Member, SearchSpace
 
 logger = logging.getLogger(__name__)
 
-KINDS = frozenset({"second_moment", "hessian", "fisher", "inputs"})
+KINDS = frozenset({"second_moment", "hessian", "fisher", "weighted_inputs"})
 SAMPLED_TOKENS = 1024
 """Whose inputs are kept of each member, from all sequences together."""
+_SHARE = 4  # statistics sequences for one of the text on which inputs are weighted
 
 Progress = Callable[[int, int], None]
 
@@ -37,13 +44,13 @@ def collect_statistics(
     meter: TokenMeter,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Statistics]:
-    """Run the dense model over the statistics split.
+    """Run the dense model over the statistics split, and some of the search split for some kinds.
 
     Args:
         model: The dense model.
         task: Gives the sequences and the loss whose gradient is squared.
         space: Whose members are observed.
-        needs: Any of ``second_moment``, ``hessian``, ``fisher``, ``inputs``.
+        needs: Any of ``second_moment``, ``hessian``, ``fisher``, ``weighted_inputs``.
         meter: Counts forward tokens; a backward counts as two forwards.
         progress: Told (sequences done, sequences in all) after each.
 
@@ -60,17 +67,39 @@ def collect_statistics(
     if not needs:
         return {}
     members = [m for unit in space.units for m in unit.members if not m.cache]
-    total = task.num_sequences("statistics")
-    observed = Observation(model, members, needs, num_sequences=total)
-    with observed.listening():
-        for index in range(total):
-            loss = task.likelihood_loss(model, "statistics", index)
-            meter.add("statistics", task.tokens_per_sequence)
-            if "fisher" in needs:
-                loss.backward()  # type: ignore[no-untyped-call]
-                meter.add("statistics_backward", 2 * task.tokens_per_sequence)
-            progress(index + 1, total)
-    return observed.statistics(task.tokens_per_sequence / total)
+    text = text_of(task, needs)
+    observed = Observation(model, members, needs, text)
+    total, done = sum(map(len, text.values())), 0
+    for split, indices in text.items():
+        with observed.listening(split):
+            for index in indices:
+                loss = task.likelihood_loss(model, split, index)
+                meter.add("statistics", task.tokens_per_sequence)
+                if loss.requires_grad:
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    meter.add("statistics_backward", 2 * task.tokens_per_sequence)
+                done += 1
+                progress(done, total)
+    return observed.statistics(task.tokens_per_sequence)
+
+
+Text = Mapping[str, range]
+"""Sequences of each split that are read, in this order."""
+
+
+def text_of(task: Task, needs: Collection[str]) -> Text:
+    """What is read for some kinds of statistics.
+
+    Inputs are weighted on the last sequences of the search split, a quarter as many as the
+    statistics', or as many as there are.
+    """
+    total, others = task.num_sequences("statistics"), task.num_sequences("search")
+    text = {}
+    if set(needs) - {"weighted_inputs"}:
+        text["statistics"] = range(total)
+    if "weighted_inputs" in needs:
+        text["search"] = range(max(0, others - max(1, total // _SHARE)), others)
+    return text
 
 
 class Observation:
@@ -79,8 +108,8 @@ class Observation:
     Args:
         model: Holds the members; may be without weights elsewhere.
         members: What is observed.
-        needs: Any of ``second_moment``, ``hessian``, ``fisher``, ``inputs``.
-        num_sequences: That it will see; of each an equal share of the sampled inputs is kept.
+        needs: Any of ``second_moment``, ``hessian``, ``fisher``, ``weighted_inputs``.
+        text: What will be run; of each sequence an equal share of the weighted inputs is kept.
     """
 
     def __init__(
@@ -88,45 +117,48 @@ class Observation:
         model: nn.Module,
         members: Sequence[Member],
         needs: Collection[str],
-        *,
-        num_sequences: int,
+        text: Text,
     ) -> None:
         self._members = members
         self._needs = needs
+        self._text = text
         inputs = members if {"second_moment", "hessian"} & set(needs) else []
         self._moments = _InputMoments(model, inputs, full="hessian" in needs)
-        self._samples = _InputSamples(
-            model, members if "inputs" in needs else [], most=-(-SAMPLED_TOKENS // num_sequences)
-        )
-        self._fisher = _SquaredGradients(model, members if "fisher" in needs else [])
+        most = -(-SAMPLED_TOKENS // max(1, len(text.get("search", ()))))
+        self._weighted = _WeightedInputs(model, members, most=most)
+        self._fisher = _SquaredGradients(model, members)
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Observe what runs inside; one backward at a time is one gradient that is squared."""
+    def listening(self, split: str) -> Iterator[None]:
+        """Observe sequences of a split; one backward at a time is one gradient that is squared.
+
+        Where a loss has no graph inside, nothing needs its gradient.
+        """
         with ExitStack() as stack:
-            stack.enter_context(self._moments.listening())
-            stack.enter_context(self._samples.listening())
-            if "fisher" in self._needs:
-                stack.enter_context(self._fisher.listening())
+            if split == "search":
+                stack.enter_context(self._weighted.listening())
             else:
-                stack.enter_context(torch.no_grad())
+                stack.enter_context(self._moments.listening())
+                fisher = "fisher" in self._needs
+                stack.enter_context(self._fisher.listening() if fisher else torch.no_grad())
             yield
 
-    def statistics(self, fisher_scale: float) -> dict[str, Statistics]:
+    def statistics(self, tokens_per_sequence: int) -> dict[str, Statistics]:
         """By member name, to be asked for once.
 
         Args:
-            fisher_scale: What sums of squared gradients are multiplied by.
+            tokens_per_sequence: By which gradients of mean losses become those of a token.
         """
         needs = self._needs
+        scale = tokens_per_sequence / max(1, len(self._text.get("statistics", ())))
         return {
             member.name: Statistics(
                 second_moment=(
                     self._moments.second_moment(member) if "second_moment" in needs else None
                 ),
                 hessian=self._moments.hessian(member) if "hessian" in needs else None,
-                fisher=self._fisher.sum(member).mul_(fisher_scale) if "fisher" in needs else None,
-                inputs=self._samples.of(member) if "inputs" in needs else None,
+                fisher=self._fisher.sum(member).mul_(scale) if "fisher" in needs else None,
+                weighted_inputs=self._weighted.of(member) if "weighted_inputs" in needs else None,
             )
             for member in self._members
         }
@@ -179,6 +211,23 @@ def gradient_hooks(
                 handle.remove()
 
 
+def differentiable(output: Tensor) -> Tensor:
+    """What a module gave, where a graph begins if none came along.
+
+    A copy then, since models may not write to a leaf but do write to outputs.
+    """
+    return output if output.requires_grad else output.detach().requires_grad_().clone()
+
+
+def _is_visible(model: nn.Module, member: Member) -> bool:
+    """Whether a hook on its module sees what the member is multiplied by.
+
+    It cannot see what an embedding looks up, nor what a router sends to a stack of experts.
+    """
+    module = model.get_submodule(member.module)
+    return len(member.shape) == 2 and not isinstance(module, nn.Embedding)
+
+
 @contextmanager
 def input_hooks(
     model: nn.Module,
@@ -188,8 +237,7 @@ def input_hooks(
 ) -> Iterator[None]:
     """Hand what ``make`` makes of each module's inputs to ``consume``, with how many tokens it saw.
 
-    It is made once of a tensor that several members are handed, as q, k and v are. A hook cannot
-    see what an embedding looks up, nor what a router sends to a stack of experts.
+    It is made once of a tensor that several members are handed, as q, k and v are.
     """
     latest: tuple[Tensor, Tensor] | None = None
 
@@ -203,11 +251,10 @@ def input_hooks(
 
         return hand
 
-    modules = {member.name: model.get_submodule(member.module) for member in members}
     handles = [
-        modules[member.name].register_forward_pre_hook(handing(member))
+        model.get_submodule(member.module).register_forward_pre_hook(handing(member))
         for member in members
-        if len(member.shape) == 2 and not isinstance(modules[member.name], nn.Embedding)
+        if _is_visible(model, member)
     ]
     try:
         yield
@@ -286,29 +333,45 @@ class _InputMoments:
         self._tokens[member.name] = self._tokens.get(member.name, 0) + tokens
 
 
-class _InputSamples:
-    """What some tokens put into each member's module: of every call the same share."""
+class _WeightedInputs:
+    """Inputs of some tokens of each member's module, times the length of the outputs' gradient."""
 
     def __init__(self, model: nn.Module, members: Sequence[Member], *, most: int) -> None:
         self._model = model
-        self._members = members
+        self._modules = {member.name: member for member in members if _is_visible(model, member)}
         self._most = most
+        self._num_calls: Counter[str] = Counter()
         self._kept: dict[str, list[Tensor]] = {member.name: [] for member in members}
 
-    def listening(self) -> AbstractContextManager[None]:
-        return input_hooks(self._model, self._members, self._sample, self._keep)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Gradients reach outputs, not weights."""
+        with ExitStack() as stack:
+            stack.enter_context(only_trainable(self._model, ()))
+            for name, member in self._modules.items():
+                module = self._model.get_submodule(member.module)
+                stack.callback(module.register_forward_hook(partial(self._watch, name)).remove)
+            yield
 
     def of(self, member: Member) -> Tensor | None:
         """(num_tokens, columns) or ``None`` where the inputs cannot be seen."""
         kept = self._kept[member.name]
         return torch.cat(kept) if kept else None
 
-    def _sample(self, member: Member, flat: Tensor) -> Tensor:
+    def _watch(
+        self, name: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor
+    ) -> Tensor:
         """Of a member's n-th call the same tokens, whatever part of the model runs."""
-        generator = torch.Generator().manual_seed(len(self._kept[member.name]))
-        chosen = torch.randperm(len(flat), generator=generator)[: self._most]
-        return flat[chosen.to(flat.device)].to("cpu", torch.bfloat16)
+        del module
+        flat = inputs[0].detach().flatten(0, -2)
+        generator = torch.Generator().manual_seed(self._num_calls[name])
+        self._num_calls[name] += 1
+        chosen = torch.randperm(len(flat), generator=generator)[: self._most].to(flat.device)
+        output = differentiable(output)
+        output.register_hook(partial(self._keep, name, flat[chosen], chosen))  # type: ignore[no-untyped-call]
+        return output
 
-    def _keep(self, member: Member, sample: Tensor, tokens: int) -> None:
-        del tokens
-        self._kept[member.name].append(sample)
+    def _keep(self, name: str, inputs: Tensor, chosen: Tensor, gradient: Tensor) -> None:
+        felt = gradient.flatten(0, -2)[chosen.to(gradient.device)].float()
+        lengths = felt.norm(dim=-1, keepdim=True).to(inputs.device)
+        self._kept[name].append((inputs.float() * lengths).to("cpu", torch.bfloat16))

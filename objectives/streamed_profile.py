@@ -92,7 +92,8 @@ def profile_streamed(
         checkpoint: A folder, an embedded model or a hub id.
         request: What may be chosen, or the space itself.
         scorers: Scorers that know each cell by itself, or their names.
-        text: Tokens, or which text to make them from; only the statistics split is read.
+        text: Tokens, or which text to make them from; the splits for statistics and searches are
+            read.
         settings: Precision, device, memory.
         progress: Told (passes over a block done, in all).
 

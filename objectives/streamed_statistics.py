@@ -13,12 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from objectives.hidden_states import DEFAULT_HIDDEN_BYTES, HiddenStates
-from objectives.statistics import KINDS, Observation, Progress
+from objectives.statistics import KINDS, Observation, Progress, Text, text_of
 from objectives.streaming import Batch, Part, StreamedModel
 from objectives.task import Task, TokenMeter
 from search_spaces.operators import Statistics
@@ -40,6 +43,15 @@ class Visit:
     part: Part
     units: Sequence[int]
     statistics: Mapping[str, Statistics]
+
+
+class _Sequence(NamedTuple):
+    """One sequence on its way through the blocks: its number, its split, its loss, its batch."""
+
+    place: int
+    split: str
+    call: Callable[[], Tensor]
+    batch: Batch
 
 
 class StreamedStatistics:
@@ -72,8 +84,6 @@ class StreamedStatistics:
         self._space = space
         self._hidden_bytes = hidden_bytes
         self._units = stream.units_of(space)
-        self._total = task.num_sequences("statistics")
-        self._scale = task.tokens_per_sequence / self._total
         stream.round_fixed(space.fixed)
 
     def visit(
@@ -84,12 +94,12 @@ class StreamedStatistics:
     ) -> None:
         """Act on every part that holds units, while it is resident and its statistics are known.
 
-        Blocks come in order, or in reverse where the Fisher is needed; what is around them comes
+        Blocks come in order, or in reverse where gradients are needed; what is around them comes
         last.
 
         Args:
-            needs: Any of ``second_moment``, ``hessian``, ``fisher``, ``inputs``; with none of them
-                the model is read but not run.
+            needs: Any of ``second_moment``, ``hessian``, ``fisher``, ``weighted_inputs``; with none
+                of them the model is read but not run.
             act: What to do with each part; statistics are dropped when it returns.
             progress: Told (passes over a part done, in all).
 
@@ -99,113 +109,126 @@ class StreamedStatistics:
         if unknown := set(needs) - KINDS:
             raise ValueError(f"unknown statistics {sorted(unknown)}; known: {sorted(KINDS)}")
         stream, ends = self._stream, None in self._units
-        passes = stream.num_blocks * (2 if "fisher" in needs else 1) + ends
+        text = text_of(self._task, needs)
+        backward = bool({"fisher", "weighted_inputs"} & set(needs))
+        passes = stream.num_blocks * (2 if backward else 1) + ends
         done = iter(range(1, passes + 1))
+
+        def observation(part: Part) -> Observation:
+            units = self._units.get(part, [])
+            members = [member for unit in units for member in self._space.units[unit].members]
+            return Observation(stream.model, members, needs, text)
 
         def told(part: Part, observed: Observation | None) -> None:
             if observed is not None and part in self._units:
-                found = observed.statistics(self._scale)
+                found = observed.statistics(self._task.tokens_per_sequence)
                 act(Visit(part, self._units[part], found))
             progress(next(done), passes)
 
         with HiddenStates(most_bytes=self._hidden_bytes) as states:
-            batches = self._enter(states) if needs else []
+            sequences = self._enter(text, states) if text else []
             for block in range(stream.num_blocks):
-                observed = None if "fisher" in needs else self._observation(block, needs)
+                observed = None if backward else observation(block)
                 with stream.resident(block):
-                    self._forward(block, batches, states, observed)
+                    self._forward(block, sequences, states, observed)
                     told(block, observed)
-            if "fisher" in needs:
-                self._differentiate(batches, states)
+            if backward:
+                self._differentiate(sequences, states)
                 for block in reversed(range(stream.num_blocks)):
-                    observed = self._observation(block, needs)
+                    observed = observation(block)
                     with stream.resident(block):
-                        self._backward(block, batches, states, observed)
+                        self._backward(block, sequences, states, observed)
                         told(block, observed)
             if ends:
-                observed = self._observation(None, needs)
+                observed = observation(None)
                 with stream.resident(None):
-                    self._around(batches, states, observed)
+                    self._around(sequences, states, observed)
                     told(None, observed)
 
-    def _observation(self, part: Part, needs: Collection[str]) -> Observation:
-        units = self._units.get(part, [])
-        members = [member for unit in units for member in self._space.units[unit].members]
-        return Observation(self._stream.model, members, needs, num_sequences=self._total)
-
-    def _enter(self, states: HiddenStates) -> list[Batch]:
-        """One batch per sequence; what enters the first block."""
-        stream, batches = self._stream, list[Batch]()
+    def _enter(self, text: Text, states: HiddenStates) -> list[_Sequence]:
+        """All sequences; what enters the first block."""
+        stream, sequences = self._stream, list[_Sequence]()
         with stream.resident(None), stream.timing("front"), torch.no_grad():
-            for index in range(self._total):
-                call = partial(self._task.likelihood_loss, stream.model, "statistics", index)
-                batch, hidden = stream.capture(call, batches[0] if batches else None)
-                states.put((0, index), hidden)
-                batches.append(batch)
-        self._meter.add("statistics", self._total * self._task.tokens_per_sequence)
-        return batches
+            for split, indices in text.items():
+                for index in indices:
+                    call = partial(self._task.likelihood_loss, stream.model, split, index)
+                    same = sequences[0].batch if sequences else None
+                    batch, hidden = stream.capture(call, same)
+                    states.put((0, len(sequences)), hidden)
+                    sequences.append(_Sequence(len(sequences), split, call, batch))
+        self._meter.add("statistics", len(sequences) * self._task.tokens_per_sequence)
+        return sequences
 
     def _forward(
         self,
         block: int,
-        batches: Sequence[Batch],
+        sequences: Sequence[_Sequence],
         states: HiddenStates,
         observed: Observation | None,
     ) -> None:
         """Run a resident block, observed or (where it will be run again) keeping what entered."""
-        listening = torch.no_grad() if observed is None else observed.listening()
-        with self._stream.timing("forward"), listening:
-            for index, batch in enumerate(batches):
-                hidden = states.get((block, index), self._stream.device)
-                states.put((block + 1, index), self._stream.run(block, hidden, batch))
-                if observed is not None:
-                    states.drop((block, index))
+        for split, group in groupby(sequences, key=attrgetter("split")):
+            listening = torch.no_grad() if observed is None else observed.listening(split)
+            with self._stream.timing("forward"), listening:
+                for place, _, _, batch in group:
+                    hidden = states.get((block, place), self._stream.device)
+                    states.put((block + 1, place), self._stream.run(block, hidden, batch))
+                    if observed is not None:
+                        states.drop((block, place))
 
-    def _differentiate(self, batches: Sequence[Batch], states: HiddenStates) -> None:
+    def _differentiate(self, sequences: Sequence[_Sequence], states: HiddenStates) -> None:
         """The gradient of every sequence's loss at the output of the last block."""
         stream, last = self._stream, self._stream.num_blocks
         with stream.resident(None), stream.timing("backward"):
-            for index in range(len(batches)):
-                final = states.get((last, index), stream.device).detach().requires_grad_()
+            for place, _, call, _ in sequences:
+                final = states.get((last, place), stream.device).detach().requires_grad_()
                 with stream.replaying(lambda key, final=final: final):  # type: ignore[misc]
-                    loss = self._task.likelihood_loss(stream.model, "statistics", index)
+                    loss = call()
                 (gradient,) = torch.autograd.grad(loss, final)
-                states.put((_GRADIENT, index), gradient)
+                states.put((_GRADIENT, place), gradient)
         # the blocks' second run, and the backward
-        tokens = self._total * self._task.tokens_per_sequence
+        tokens = len(sequences) * self._task.tokens_per_sequence
         self._meter.add("statistics", tokens)
         self._meter.add("statistics_backward", 2 * tokens)
 
     def _backward(
-        self, block: int, batches: Sequence[Batch], states: HiddenStates, observed: Observation
+        self,
+        block: int,
+        sequences: Sequence[_Sequence],
+        states: HiddenStates,
+        observed: Observation,
     ) -> None:
         """Run a resident block again, and turn its outputs' gradients into its inputs'."""
         device, handed_on = self._stream.device, block > 0 or None in self._units
-        with self._stream.timing("backward"), observed.listening():
-            for index, batch in enumerate(batches):
-                hidden = states.get((block, index), device).detach().requires_grad_(handed_on)
-                output = self._stream.run(block, hidden, batch)
-                if output.requires_grad:
-                    output.backward(states.get((_GRADIENT, index), device))  # type: ignore[no-untyped-call]
-                if hidden.grad is not None:
-                    states.put((_GRADIENT, index), hidden.grad)
-                states.drop((block, index))
+        for split, group in groupby(sequences, key=attrgetter("split")):
+            with self._stream.timing("backward"), observed.listening(split):
+                for place, _, _, batch in group:
+                    hidden = states.get((block, place), device).detach().requires_grad_(handed_on)
+                    output = self._stream.run(block, hidden, batch)
+                    if output.requires_grad:
+                        gradient = states.get((_GRADIENT, place), device)
+                        output.backward(gradient)  # type: ignore[no-untyped-call]
+                    if hidden.grad is not None:
+                        states.put((_GRADIENT, place), hidden.grad)
+                    states.drop((block, place))
 
     def _around(
-        self, batches: Sequence[Batch], states: HiddenStates, observed: Observation
+        self, sequences: Sequence[_Sequence], states: HiddenStates, observed: Observation
     ) -> None:
         """Observe what is around the blocks: one backward from the loss and from the front."""
         stream, last = self._stream, self._stream.num_blocks
-        with stream.timing("backward"), observed.listening():
-            for index in range(len(batches)):
-                final = states.get((last, index), stream.device)
-                with stream.replaying(lambda key, final=final: final) as fronts:  # type: ignore[misc]
-                    loss = self._task.likelihood_loss(stream.model, "statistics", index)
-                roots: list[tuple[Tensor, Tensor | None]] = []
-                if loss.requires_grad:
-                    roots.append((loss, None))
-                if fronts[-1].requires_grad:
-                    roots.append((fronts[-1], states.get((_GRADIENT, index), stream.device)))
-                if roots:
-                    tensors, gradients = zip(*roots, strict=True)
-                    torch.autograd.backward(tensors, gradients)
+        for split, group in groupby(sequences, key=attrgetter("split")):
+            with stream.timing("backward"), observed.listening(split):
+                for place, _, call, _ in group:
+                    final = states.get((last, place), stream.device)
+                    with stream.replaying(lambda key, final=final: final) as fronts:  # type: ignore[misc]
+                        loss = call()
+                    roots: list[tuple[Tensor, Tensor | None]] = []
+                    if loss.requires_grad:
+                        roots.append((loss, None))
+                    if fronts[-1].requires_grad:
+                        gradient = states.get((_GRADIENT, place), stream.device)
+                        roots.append((fronts[-1], gradient))
+                    if roots:
+                        tensors, gradients = zip(*roots, strict=True)
+                        torch.autograd.backward(tensors, gradients)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -163,7 +162,7 @@ def _stream(
     from objectives.statistics_file import FILE_NAME
     from objectives.streamed_profile import StreamSettings, profile_streamed
 
-    request = replace(calibration_request(config.data, config.data.text), num_search=1)
+    request = calibration_request(config.data, config.data.text)
     space = price_space(config.model, config.space)
     folder.make()
     settings = StreamSettings(

@@ -42,6 +42,10 @@ class SearchSetting:
         slopes: Whether fidelities may ask for slopes.
         latency: For each unit the seconds of each option, for searches that minimise them too;
             empty where nothing is known of them.
+        labels: For each unit the names of its options, by which units share what they have in
+            common; empty for their places in the menu.
+        tables: Tables of losses beside the problem's, in any unit; the optima of some are among
+            the starts.
     """
 
     problem: Problem
@@ -55,6 +59,8 @@ class SearchSetting:
     removed: tuple[NDArray[np.float64], ...] = ()
     slopes: bool = False
     latency: tuple[NDArray[np.float64], ...] = ()
+    labels: tuple[tuple[str, ...], ...] = ()
+    tables: tuple[tuple[NDArray[np.float64], ...], ...] = ()
 
     @property
     def ratios(self) -> tuple[NDArray[np.float64], ...]:

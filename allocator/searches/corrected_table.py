@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allocator.searches.base import SearchSetting
-from allocator.searches.surrogate import Observation, Spreads, Surrogate
+from allocator.searches.surrogate import Observation, Relatives, Spreads, Surrogate
 from objectives.evaluation import Evaluation, Fidelity
 from search_spaces.space import Assignment
 
@@ -109,8 +109,7 @@ class CorrectedTable:
         floor = 1e-6 * abs(self._scale) / len(problem.losses)
         return Surrogate(
             [np.maximum(row * factor, floor) for row in problem.losses],
-            self._setting.kinds,
-            self._setting.depths,
+            Relatives(self._setting.kinds, self._setting.depths, self._setting.labels),
             reference=first,
             reference_loss=abs(self._scale),
             spreads=self._spreads,

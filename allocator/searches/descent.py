@@ -86,8 +86,8 @@ class Descent:
     Proposals of one round can be measured in parallel; between rounds it waits.
 
     Args:
-        setting: Problem, starts, windows of the search split; the seed orders them. The first
-            start is where it begins, unless another one is better on the first text.
+        setting: Problem, windows of the search split; the seed orders them. The first start is
+            where it begins.
         options: Tuning.
 
     Attributes:
@@ -123,10 +123,6 @@ class Descent:
         self._num_raced = 0
         self._differentiated: tuple[Assignment, list[Fidelity]]
         self._differentiate()
-        for start in setting.starts[1:]:
-            self._measure(start, self._windows)
-        place = {window.first: number for number, window in enumerate(self._windows)}
-        self._queue.sort(key=lambda proposal: place[proposal.fidelity.first])  # all starts first
 
     def ask(self) -> Proposal | None:
         """The next proposal of the round; ``None`` while it waits for results, or at its end."""
@@ -179,20 +175,8 @@ class Descent:
         """Everything asked for was told: judge the race, take the step, or begin another one."""
         if self._candidate is not None:
             self._judge(self._candidate)
-        elif (better := self._best_start()) != self._centre:
-            self._centre = better
-            self._differentiate()
         else:
             self._step()
-
-    def _best_start(self) -> Assignment:
-        """The centre, or another start that was measured on this text and lost less."""
-        known = [
-            start
-            for start in self._setting.starts
-            if all((start, window) in self._losses for window in self._windows)
-        ]
-        return min([self._centre, *known], key=lambda start: _mean(self._read(start)))
 
     def _read(self, assignment: Assignment, count: int | None = None) -> list[float]:
         """Losses of the sequences of the text at hand, or of its first windows."""
@@ -225,7 +209,7 @@ class Descent:
         self._num_raced += len(rung)
         self._measure(self._centre, rung)
         self._measure(candidate, rung)
-        if not self._waiting:  # both were read there before: a start, or text that came round again
+        if not self._waiting:  # both were read there before: text that came round again
             self._judge(candidate)
 
     @property

@@ -129,8 +129,8 @@ class PosteriorSampling:
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
         """Correct the table; failed evaluations teach nothing and are never the best."""
         for evaluation in evaluations:
-            if evaluation.slopes is not None:  # its loss need not be measured again
-                self._asked.add((evaluation.assignment, replace(evaluation.fidelity, slopes=False)))
+            # with slopes or without, for whomever: it need not be measured again
+            self._asked.add((evaluation.assignment, replace(evaluation.fidelity, slopes=False)))
             before = self.best
             for used in self._table.tell([evaluation]):
                 self._adapt(before, used.assignment)

@@ -3,10 +3,11 @@
 The problem: the table's cells are wrong by factors, and a few hundred noisy measurements of whole
 assignments must correct a thousand of them. The loss of an assignment is modelled as a sum over
 units of ``prior cell x (1 + corrections)``, where the corrections are shared at several levels (all
-cells, a projection class at an option, a block at an option, a unit, one cell), each with its own
-prior spread. What cannot be learned about one cell is then learned about its relatives, and the
-rest stays at the prior. Pairs of units have pooled corrections too, which count linearised at a
-given assignment, so that an exact solver can still decode the table. Everything is Gaussian:
+cells, an option, a projection class at an option, a block at an option, a unit, one cell), each
+with its own prior spread. What cannot be learned about one cell is then learned about its
+relatives, and the rest stays at the prior. Options are known by name: menus of units of other
+shapes have them in other places. Pairs of units have pooled corrections too, which count linearised
+at a given assignment, so that an exact solver can still decode the table. Everything is Gaussian:
 posteriors are exact, and a posterior sample of the whole table is one small linear solve
 (Matheron's rule).
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +38,7 @@ class Spreads:
 
     Attributes:
         overall: Of a factor common to all cells.
+        option: Of a factor for an option.
         kind: Of a factor for a projection class at an option.
         depth: Of a factor for a block at an option.
         unit: Of a factor for a unit.
@@ -47,6 +50,7 @@ class Spreads:
     """
 
     overall: float = 0.2
+    option: float = 0.3
     kind: float = 0.3
     depth: float = 0.3
     unit: float = 0.3
@@ -70,6 +74,7 @@ class Spreads:
         """With the cells' corrections, pairs, misfit and noise multiplied."""
         return replace(
             self,
+            option=self.option * corrections,
             kind=self.kind * corrections,
             depth=self.depth * corrections,
             unit=self.unit * corrections,
@@ -80,6 +85,7 @@ class Spreads:
         )
 
 
+_LEVELS = ("overall", "option", "kind", "depth", "unit", "cell")
 _FIRST_ROOM = 64  # measurements
 _FRESH_EVERY = 64
 _GRID = {
@@ -102,13 +108,26 @@ class Observation:
     variance: float
 
 
+class Relatives(NamedTuple):
+    """What cells have in common.
+
+    Attributes:
+        kinds: For each unit its projection class.
+        depths: For each unit its block.
+        labels: For each unit the names of its options; empty for their places.
+    """
+
+    kinds: Sequence[str]
+    depths: Sequence[int]
+    labels: Sequence[Sequence[str]] = ()
+
+
 class Surrogate:
     """Posterior over the cells' losses given measured assignments.
 
     Args:
         cells: For each unit a (num_options,) array of prior losses, in the unit of measured losses.
-        kinds: For each unit its projection class.
-        depths: For each unit its block.
+        relatives: What cells have in common.
         reference: The assignment that pairs' deviations are counted from.
         reference_loss: Its measured loss, that ``offset`` and ``misfit`` are relative to.
         spreads: Prior standard deviations.
@@ -117,22 +136,24 @@ class Surrogate:
     def __init__(
         self,
         cells: Sequence[Vector],
-        kinds: Sequence[str],
-        depths: Sequence[int],
+        relatives: Relatives,
         *,
         reference: Assignment,
         reference_loss: float,
         spreads: Spreads,
     ) -> None:
+        kinds, depths, labels = relatives
         self._interactions = Interactions(cells, kinds, depths, reference)
         self._starts = np.concatenate([[0], np.cumsum([len(row) for row in cells])])
         self._prior = np.concatenate(cells)
         unit_of = np.repeat(np.arange(len(cells)), [len(row) for row in cells])
-        options = [(u, o) for u, row in enumerate(cells) for o in range(len(row))]
+        names = labels or [[str(o) for o in range(len(row))] for row in cells]
+        options = [(u, name) for u, row in enumerate(names) for name in row]
         groups = (
             np.zeros_like(unit_of),
-            _number([(kinds[u], o) for u, o in options]),
-            _number([(depths[u], o) for u, o in options]),
+            _number([(name,) for _, name in options]),
+            _number([(kinds[u], name) for u, name in options]),
+            _number([(depths[u], name) for u, name in options]),
             unit_of,
             np.arange(len(unit_of)),
         )
@@ -242,7 +263,14 @@ class Surrogate:
 
     def _spread(self, spreads: Spreads) -> None:
         """Use these prior deviations from now on."""
-        relative = (spreads.overall, spreads.kind, spreads.depth, spreads.unit, spreads.cell)
+        relative = (
+            spreads.overall,
+            spreads.option,
+            spreads.kind,
+            spreads.depth,
+            spreads.unit,
+            spreads.cell,
+        )
         sizes = [size for _, size in self._groups]
         scales = [np.full(size, spread) for size, spread in zip(sizes, relative, strict=True)]
         pairs = np.full(self._interactions.num_features, spreads.pair)
@@ -339,7 +367,7 @@ def _bordered(matrix: Vector, border: Vector, corner: float) -> Vector:
     return grown
 
 
-def _number(keys: Sequence[tuple[str | int, int]]) -> NDArray[np.int64]:
+def _number(keys: Sequence[tuple[str | int, ...]]) -> NDArray[np.int64]:
     """Consecutive numbers for equal keys, in the order of first appearance."""
-    seen: dict[tuple[str | int, int], int] = {}
+    seen: dict[tuple[str | int, ...], int] = {}
     return np.array([seen.setdefault(key, len(seen)) for key in keys], np.int64)

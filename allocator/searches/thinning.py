@@ -67,6 +67,11 @@ def thinned_setting(setting: SearchSetting, kept: Kept) -> SearchSetting:
         starts=tuple(narrow(start, kept) for start in setting.starts),
         removed=_thinned_rows(setting.removed, kept),
         latency=_thinned_rows(setting.latency, kept),
+        labels=tuple(
+            tuple(names[i] for i in options)
+            for names, options in zip(setting.labels, kept, strict=False)
+        ),
+        tables=tuple(_thinned_rows(table, kept) for table in setting.tables),
     )
 
 

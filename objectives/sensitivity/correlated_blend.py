@@ -4,9 +4,14 @@ The problem: :class:`~objectives.sensitivity.blend.Blend` judges errors weight b
 SparseGPT move weights far on purpose, so that what they do to the outputs cancels; a table over
 weights takes that care for damage, and is wrong by factors between these operators and plain
 rounding. Inputs of a thousand tokens show how much of the error arrives at the outputs, beside what
-would arrive if the errors of a row were independent. That is done for operators that need the
-inputs' Hessian; the errors of others are independent, or nearly. Where no hook sees the inputs of a
-parameter (embeddings, stacked experts) nothing is known of it, and the blend stays as it is.
+would arrive if the errors of a row were independent. Two things make that share honest: the tokens
+are of text that no operator was fitted to, since on its own text it looks better than it is, by a
+factor of two on SmolLM2-135M; and each counts as the loss feels it, by the squared gradient of its
+outputs, since a few tokens with huge inputs, which nothing reads, would decide otherwise.
+
+That is done for operators that need the inputs' Hessian; the errors of others are independent, or
+nearly. Where no hook sees the inputs of a parameter (embeddings, stacked experts) nothing is known
+of it, and the blend stays as it is.
 """
 
 from __future__ import annotations
@@ -20,11 +25,14 @@ from objectives.sensitivity.blend import Blend
 
 
 class CorrelatedBlend(CellScorer):
-    """``blend x |X E'|^2 / sum x^2 E^2`` for operators that solve for outputs; else ``blend``."""
+    """``blend x |X E'|^2 / sum x^2 E^2`` for operators that solve for outputs; else ``blend``.
+
+    ``X`` are the inputs of tokens, each times the length of the gradient by its outputs.
+    """
 
     name: ClassVar[str] = "correlated_blend"
     unit: ClassVar[str] = "blend"
-    needs: ClassVar[frozenset[str]] = Blend.needs | {"inputs"}
+    needs: ClassVar[frozenset[str]] = Blend.needs | {"weighted_inputs"}
 
     def cell(self, context: ScoringContext, unit: int, option: int) -> float:
         """The blend of one option times what arrives of its error."""
@@ -37,9 +45,9 @@ def _arriving(context: ScoringContext, unit: int, option: int) -> float:
         return 1.0
     arriving = independent = 0.0
     for _, _, error, stats in context.errors(unit, option):
-        if stats.inputs is None:
+        if stats.weighted_inputs is None:
             return 1.0
-        inputs = stats.inputs.to(error.device, torch.float32)
+        inputs = stats.weighted_inputs.to(error.device, torch.float32)
         arriving += float((inputs @ error[0].T).square().sum(dtype=torch.float64))
         independent += weighted_square(error[0], inputs.square().sum(0))
     return arriving / independent if independent else 1.0

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from objectives.sensitivity.base import Cell, Scorer, ScoringContext
-from objectives.statistics import only_trainable
+from objectives.statistics import differentiable, only_trainable
 from search_spaces.operators.members import logical
 from search_spaces.space import Member
 
@@ -100,10 +100,7 @@ def _watching(
     def watch(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         del module
         seen.add(name)
-        if not output.requires_grad:
-            # The first matrices: the graph begins here. A copy, since models may not write to a
-            # leaf but do write to outputs.
-            output = output.detach().requires_grad_().clone()
+        output = differentiable(output)
         output.register_hook(partial(fold, inputs[0].detach()))  # type: ignore[no-untyped-call]
         return output
 

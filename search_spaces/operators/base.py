@@ -31,20 +31,21 @@ class Statistics:
         second_moment: (columns,) mean over tokens of the squared input, one per input feature.
         hessian: (columns, columns) mean over tokens of the outer product of inputs.
         fisher: (rows, columns) mean squared gradient per token, nats squared.
-        inputs: (num_tokens, columns) what some tokens put in, bfloat16, on the host.
+        weighted_inputs: (num_tokens, columns) what some tokens of other text put in, each times the
+            length of the gradient by its outputs; bfloat16, on the host.
     """
 
     second_moment: Tensor | None = None
     hessian: Tensor | None = None
     fisher: Tensor | None = None
-    inputs: Tensor | None = None
+    weighted_inputs: Tensor | None = None
 
     def to(self, device: torch.device) -> Statistics:
         """The same statistics on a device."""
         return Statistics(
             *(
                 None if value is None else value.to(device)
-                for value in (self.second_moment, self.hessian, self.fisher, self.inputs)
+                for value in (self.second_moment, self.hessian, self.fisher, self.weighted_inputs)
             )
         )
 

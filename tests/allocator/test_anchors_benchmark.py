@@ -87,9 +87,27 @@ def test_published_rules_are_charged_what_they_read(finished):
     assert tokens["random"] == tokens["tpe, blend"] == 1000
 
 
-@pytest.mark.parametrize(("needs", "passes"), [((), 0), (("hessian",), 1), (("fisher",), 3)])
-def test_passes_over_the_statistics(needs, passes):
-    assert charges.passes(needs) == passes
+class TwoSplits:
+    """What collecting statistics asks of a task."""
+
+    tokens_per_sequence = 10
+
+    def num_sequences(self, split):
+        return {"statistics": 8, "search": 5}[split]
+
+
+@pytest.mark.parametrize(
+    ("needs", "passes"),
+    [
+        ((), 0),
+        (("hessian",), 8),
+        (("fisher",), 3 * 8),
+        (("fisher", "weighted_inputs"), 3 * (8 + 2)),  # a quarter as many of other text
+        (("weighted_inputs",), 3 * 2),
+    ],
+)
+def test_tokens_of_statistics(needs, passes):
+    assert charges.collected(needs, TwoSplits()) == 10 * passes
 
 
 def test_what_another_method_measured_counts_again(starved):

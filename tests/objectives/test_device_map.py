@@ -190,9 +190,9 @@ def test_statistics_lie_with_their_modules_also_when_read_from_a_file(tmp_path):
         for name, kept in context.statistics.items():
             home = model.get_parameter(name).device
             assert home == (FIRST if "layers.0" in name else SECOND)
-            for kind in KINDS - {"inputs"}:
+            for kind in KINDS - {"weighted_inputs"}:
                 assert place_of(getattr(kept, kind)) == place_of(getattr(read[name], kind)) == home
-            assert kept.inputs.device.type == "cpu"  # on the host, whatever observed them
+            assert kept.weighted_inputs.device.type == "cpu"  # on the host, whatever observed them
 
 
 def test_the_head_is_applied_in_chunks_where_the_model_copies_its_logits_elsewhere():

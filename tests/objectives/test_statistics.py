@@ -14,7 +14,7 @@ from objectives.statistics import collect_statistics
 from objectives.task import TokenMeter
 from search_spaces.build import SpaceRequest, build_space
 
-ALL_KINDS = ("fisher", "hessian", "inputs", "second_moment")
+ALL_KINDS = ("fisher", "hessian", "second_moment", "weighted_inputs")
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 NUM_SEQUENCES, LENGTH = 3, 12
 
@@ -90,13 +90,45 @@ def test_moments_are_those_of_the_inputs(family, needs):
         assert stats.fisher is None
 
 
+@FAMILIES
+def test_inputs_are_weighted_as_the_loss_feels_them_on_other_text(family):
+    """Of the last search sequence: its inputs, times the length of the gradient by the outputs."""
+    model, task, space = scene(family)
+    found = collect(model, task, space, "weighted_inputs")
+    seen = {}
+
+    def watch(name):
+        def hook(module, inputs, output):
+            output.retain_grad()
+            seen[name] = inputs[0].detach(), output
+
+        return hook
+
+    handles = [
+        model.get_submodule(member.module).register_forward_hook(watch(member.name))
+        for member in members(space)
+        if len(member.shape) == 2
+    ]
+    model.requires_grad_(True)
+    task.likelihood_loss(model, "search", task.num_sequences("search") - 1).backward()
+    for handle in handles:
+        handle.remove()
+    assert seen
+    for name, (inputs, output) in seen.items():
+        weighted = (inputs * output.grad.norm(dim=-1, keepdim=True)).flatten(0, -2).double()
+        kept = found[name].weighted_inputs.double()
+        assert kept.shape == weighted.shape
+        assert relative(kept.T @ kept, weighted.T @ weighted) < 0.02  # bfloat16; in another order
+
+
 @pytest.mark.parametrize(
     ("needs", "expected"),
     [
         ((), {}),
         (("second_moment",), {"statistics": 36}),
         (("fisher",), {"statistics": 36, "statistics_backward": 72}),
-        (ALL_KINDS, {"statistics": 36, "statistics_backward": 72}),
+        (("weighted_inputs",), {"statistics": 12, "statistics_backward": 24}),  # of other text
+        (ALL_KINDS, {"statistics": 48, "statistics_backward": 96}),
     ],
 )
 def test_meter_counts_a_backward_as_two_forwards(needs, expected):
@@ -141,7 +173,9 @@ def test_flags_gradients_and_hooks_are_left_as_they_were(fails):
         assert parameter.grad is None or (parameter.grad == 5.0).all()
         assert torch.equal(parameter, weights[name])
         assert not parameter._post_accumulate_grad_hooks
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    for module in model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
 
 
 def same_data(batches):

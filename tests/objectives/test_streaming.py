@@ -29,7 +29,7 @@ from objectives.hidden_states import HiddenStates
 from objectives.language_task import LanguageTask
 from objectives.loading import load_model
 from objectives.sensitivity import SCORERS, Scorer
-from objectives.statistics import collect_statistics
+from objectives.statistics import collect_statistics, text_of
 from objectives.streamed_evaluator import StreamedEvaluator
 from objectives.streamed_profile import StreamSettings, profile_streamed
 from objectives.streamed_statistics import StreamedStatistics
@@ -171,7 +171,11 @@ def test_teacher_of_an_earlier_process_is_not_computed_again(tmp_path):
 @pytest.mark.parametrize("hidden_bytes", [10**9, 100_000])
 @pytest.mark.parametrize(
     "needs",
-    [("second_moment",), ("hessian", "second_moment"), ("fisher", "inputs", "second_moment")],
+    [
+        ("second_moment",),
+        ("hessian", "second_moment"),
+        ("fisher", "second_moment", "weighted_inputs"),
+    ],
 )
 def test_statistics_are_those_of_the_loaded_model(needs, hidden_bytes, opened):
     """With the hidden states in memory or mostly in files; with tied embeddings searched or not."""
@@ -186,9 +190,11 @@ def test_statistics_are_those_of_the_loaded_model(needs, hidden_bytes, opened):
     assert_same_statistics(found, expected, needs)
     blocks = list(range(6))
     if "fisher" in needs:
+        read = sum(map(len, text_of(task, needs).values()))
+        assert read > NUM_SEQUENCES
         assert meter.counts == {
-            "statistics": 2 * NUM_SEQUENCES * LENGTH,
-            "statistics_backward": 2 * NUM_SEQUENCES * LENGTH,
+            "statistics": 2 * read * LENGTH,
+            "statistics_backward": 2 * read * LENGTH,
         }
         blocks.reverse()
     else:
@@ -221,7 +227,7 @@ def test_tables_and_statistics_file_are_those_of_the_loaded_model(menu, tmp_path
         settings=settings,
         progress=lambda done, total: told.append((done, total)),
     )
-    needs = space.needs | {"fisher", "inputs", "second_moment"}
+    needs = space.needs | {"fisher", "second_moment", "weighted_inputs"}
     context = context_of(model, space, LanguageTask(calibration), needs=needs)
     context.bank.use_statistics(context.statistics)
     assert list(profile.tables) == list(SCORER_NAMES)
@@ -232,7 +238,8 @@ def test_tables_and_statistics_file_are_those_of_the_loaded_model(menu, tmp_path
     assert profile.memory.host_bytes > 2**27
     assert profile.memory.device_bytes == 0
     assert {"read", "front", "forward", "backward", "scoring"} == profile.seconds.keys()
-    assert profile.tokens["statistics"] == 2 * NUM_SEQUENCES * LENGTH
+    read = sum(map(len, text_of(LanguageTask(calibration), needs).values()))
+    assert profile.tokens["statistics"] == 2 * read * LENGTH
     if not space.needs:
         assert profile.statistics is None
         assert not path.exists()

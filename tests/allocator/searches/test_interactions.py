@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from allocator.searches.interactions import Interactions
-from allocator.searches.surrogate import Observation, Spreads, Surrogate
+from allocator.searches.surrogate import Observation, Relatives, Spreads, Surrogate
 
 CLASSES = ("q", "k", "down")
 NUM_BLOCKS = 4
@@ -98,8 +98,7 @@ def test_a_planted_interaction_is_learned(cells):
     for pair in (0.0, 0.1):
         surrogate = Surrogate(
             cells,
-            KINDS,
-            DEPTHS,
+            Relatives(KINDS, DEPTHS),
             reference=REFERENCE,
             reference_loss=4.0,
             spreads=Spreads(pair=pair, misfit=0.005),
@@ -122,7 +121,7 @@ def test_pairs_stay_out_where_the_truth_is_a_sum(cells):
     """Noise must not be explained by pairs: the table is then the same around every assignment."""
     rng = np.random.default_rng(0)
     surrogate = Surrogate(
-        cells, KINDS, DEPTHS, reference=REFERENCE, reference_loss=4.0, spreads=Spreads()
+        cells, Relatives(KINDS, DEPTHS), reference=REFERENCE, reference_loss=4.0, spreads=Spreads()
     )
     for assignment in [draw(rng) for _ in range(80)]:
         total = sum(row[i] for row, i in zip(cells, assignment, strict=True))

@@ -77,7 +77,7 @@ def test_published_schedules_have_a_name():
         ("surrogate_nsga2", {"smoothing": float("inf")}, "expected a number"),
         ("nsga2", {"latency": "1,2"}, "unknown option"),
         ("random", {"seed": 1}, "random has no options"),
-        ("model_guided", {"attempts": 1}, "known: descent.first_sequences"),
+        ("model_guided", {"attempts": 1}, "known: opening.first_sequences"),
         ("evolution,random", {"rounds": 2}, "such as evolution.rounds"),
         ("evolution", {"rounds": 2, "evolution.rounds": 3}, "given twice"),
     ],

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from allocator.searches.surrogate import Observation, Spreads, Surrogate
+from allocator.searches.surrogate import Observation, Relatives, Spreads, Surrogate
 
 NUM_UNITS, NUM_OPTIONS = 12, 4
 KINDS = ("q", "k", "v") * 4
@@ -14,7 +14,7 @@ CELLS = [(unit, option) for unit in range(NUM_UNITS) for option in range(NUM_OPT
 MIDDLE = (1,) * NUM_UNITS
 SPREADS = Spreads(pair=0.0)
 # Small enough that the table's clipping of factors never acts.
-NARROW = Spreads(0.05, 0.05, 0.05, 0.05, 0.05, pair=0.0, offset=0.05, misfit=0.02)
+NARROW = Spreads(0.05, 0.05, 0.05, 0.05, 0.05, 0.05, pair=0.0, offset=0.05, misfit=0.02)
 
 
 def prior_cells(seed=0):
@@ -25,7 +25,7 @@ def prior_cells(seed=0):
 
 def make(cells, spreads=SPREADS, reference=4.0):
     return Surrogate(
-        cells, KINDS, DEPTHS, reference=MIDDLE, reference_loss=reference, spreads=spreads
+        cells, Relatives(KINDS, DEPTHS), reference=MIDDLE, reference_loss=reference, spreads=spreads
     )
 
 
@@ -102,10 +102,36 @@ def test_one_cell_is_learned_through_its_relatives():
     assert factors[last] > max(others)
 
 
+def test_an_option_is_learned_by_its_name_wherever_it_stands():
+    """What two units showed of an option is known of all, also where menus are in other orders."""
+    cells = [np.array([1.0, 0.5]) for _ in range(6)]
+    labels = [("coarse", "fine") if unit % 2 else ("fine", "coarse") for unit in range(6)]
+    kinds, depths = [str(unit) for unit in range(6)], list(range(6))
+    surrogate = Surrogate(
+        cells,
+        Relatives(kinds, depths, labels),
+        reference=(0,) * 6,
+        reference_loss=6.0,
+        spreads=SPREADS,
+    )
+    coarse = [names.index("coarse") for names in labels]
+    fine = tuple(names.index("fine") for names in labels)
+    for unit in (0, 1):
+        choice = tuple(coarse[u] if u == unit else i for u, i in enumerate(fine))
+        for assignment, factor in ((fine, 1.0), (choice, 2.0)):
+            loss = total(cells, assignment) + (factor - 1) * cells[unit][coarse[unit]]
+            surrogate.add(Observation(assignment, loss, 1e-6))
+    factors = [found / row for found, row in zip(surrogate.table(), cells, strict=True)]
+    for unit in range(2, 6):
+        assert factors[unit][coarse[unit]] > 1.1
+        assert factors[unit][coarse[unit]] > 1.1 * factors[unit][fine[unit]]
+
+
 def dense_posterior(cells, spreads, reference, observations):
     """Mean and covariance of the cells, written out over all weights at once."""
     levels = [
         (spreads.overall, lambda u, o: 0),
+        (spreads.option, lambda u, o: o),
         (spreads.kind, lambda u, o: (KINDS[u], o)),
         (spreads.depth, lambda u, o: (DEPTHS[u], o)),
         (spreads.unit, lambda u, o: u),
@@ -245,7 +271,11 @@ def test_best_of_nothing_is_nothing():
 def test_units_with_menus_of_different_length():
     cells = [np.array([1.0]), np.array([2.0, 0.5, 0.1]), np.array([1.0, 0.3])]
     surrogate = Surrogate(
-        cells, "qkv", (-1, 0, 0), reference=(0, 0, 0), reference_loss=3.0, spreads=SPREADS
+        cells,
+        Relatives("qkv", (-1, 0, 0)),
+        reference=(0, 0, 0),
+        reference_loss=3.0,
+        spreads=SPREADS,
     )
     surrogate.add(Observation((0, 1, 0), 5.0, 1e-4))
     table = surrogate.table(np.random.default_rng(0))

@@ -1,5 +1,7 @@
 """Dominated options: which they are, and that a search without them looks the same from outside."""
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,6 +54,21 @@ def test_the_optimum_survives(data):
     setting = SearchSetting(problem, (), (0,) * rows, ("w",) * rows, 1, 1, 0)
     thin = thinned_setting(setting, kept).problem
     assert BruteForce().solve(thin).loss == BruteForce().solve(problem).loss
+
+
+def test_whatever_is_told_of_options_is_of_those_that_are_left():
+    problem = problem_of([[1, 2, 3]] * 2, [[3.0, 2.0, 1.0]] * 2, 4)
+    names = (("a", "b", "c"), ("a", "c", "d"))
+    other = (np.array([1.0, 2.0, 3.0]), np.array([4.0, 5.0, 6.0]))
+    setting = SearchSetting(
+        problem, (), (0, 0), ("w", "w"), 1, 1, 0, labels=names, tables=(other,), removed=other
+    )
+    thin = thinned_setting(setting, ((0, 2), (1,)))
+    assert thin.labels == (("a", "c"), ("c",))
+    for rows in (*thin.tables, thin.removed):
+        assert [list(row) for row in rows] == [[1.0, 3.0], [5.0]]
+    bare = thinned_setting(replace(setting, labels=(), tables=(), removed=()), ((0, 2), (1,)))
+    assert (bare.labels, bare.tables, bare.removed) == ((), (), ())
 
 
 def test_a_search_over_what_is_left_speaks_in_full_options():

@@ -13,7 +13,8 @@ from typing import TypeVar
 from objectives.evaluation import Evaluation, Fidelity
 from objectives.evaluator import Evaluator
 from objectives.sensitivity import SCORERS, ScoringContext
-from objectives.task import TokenMeter
+from objectives.statistics import text_of
+from objectives.task import Task, TokenMeter
 from search_spaces.space import Assignment
 
 T = TypeVar("T")
@@ -68,13 +69,12 @@ def charged(
     evaluator = CountingEvaluator(context.evaluator, meter)
     value = read(replace(context, meter=meter, evaluator=evaluator), scorer)
     own = sum(tokens for kind, tokens in meter.counts.items() if kind not in APART)
-    task = context.task
-    split = task.num_sequences("statistics") * task.tokens_per_sequence
-    return value, own + passes(SCORERS[scorer].needs) * split
+    return value, own + collected(SCORERS[scorer].needs, context.task)
 
 
-def passes(needs: Collection[str]) -> int:
-    """Forward passes over the statistics that collecting them takes; a backward is two of them."""
-    if "fisher" in needs:
-        return 3
-    return 1 if needs else 0
+def collected(needs: Collection[str], task: Task) -> int:
+    """Tokens that collecting statistics takes; a backward counts twice."""
+    passes = {"statistics": 3 if "fisher" in needs else 1, "search": 3}
+    read = {split: len(indices) for split, indices in text_of(task, needs).items()}
+    sequences = sum(passes[split] * count for split, count in read.items())
+    return sequences * task.tokens_per_sequence

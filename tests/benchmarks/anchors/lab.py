@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -74,7 +75,7 @@ class Lab:
     def context(self) -> ScoringContext:
         """What scorers look at."""
         if self._statistics is None:
-            self._statistics = self.bench.observe({"fisher", "inputs", "second_moment"})
+            self._statistics = self.bench.observe({"fisher", "second_moment", "weighted_inputs"})
         bench = self.bench
         return ScoringContext(
             space=self.space,
@@ -94,8 +95,8 @@ class Lab:
             self._read[key] = charged(self.context(), scorer, read)
         return self._read[key]
 
-    def setting(self, budget: str, prior: str) -> SearchSetting:
-        """Where a search starts: from the prior's optimum and uniform, or from uniform alone.
+    def setting(self, budget: str, prior: str, others: Collection[str] = ()) -> SearchSetting:
+        """Where a search starts: from the tables' optima and uniform, or from uniform alone.
 
         Where no uniform option fills the budget, searches that start from it alone would never use
         the rest: random upgrades fill it for them.
@@ -108,9 +109,13 @@ class Lab:
         first = (
             DynamicProgram().solve(problem).choice if prior else fill_budget(problem, uniform, rng)
         )
+        tables = tuple(self.read(name)[0] for name in others)
+        plans = [DynamicProgram().solve(replace(problem, losses=t)).choice for t in tables]
         return SearchSetting(
             problem=problem,
-            starts=tuple(dict.fromkeys([first, uniform])),
+            starts=tuple(dict.fromkeys([first, uniform, *plans])),
+            labels=tuple(tuple(o.operator.label for o in menu) for menu in self.space.menus),
+            tables=tables,
             depths=tuple(-1 if unit.depth is None else unit.depth for unit in self.space.units),
             kinds=tuple(unit.kind for unit in self.space.units),
             num_sequences=self.options.search,
@@ -154,7 +159,8 @@ class Lab:
         Raises:
             CannotStartError: It cannot begin with so few tokens, or not in this space.
         """
-        setting = replace(self.setting(budget, method.prior), batch_sequences=method.sequences)
+        setting = self.setting(budget, method.prior, method.others)
+        setting = replace(setting, batch_sequences=method.sequences)
         spent = self.read(method.prior)[1] if method.prior else 0
         tokens = method.multiple * self.options.tokens
         search = self._start(method, setting, tokens - spent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from allocator.config import DEFAULT_SCORER, SearchConfig
 from allocator.ratio_plans import cut_assignment, published_plan
 from allocator.searches.base import Search, SearchSetting
 from allocator.searches.evolution import Evolution
@@ -47,11 +48,14 @@ class OneShot:
 class Searched:
     """A search: its prior table, empty where it starts from uniform; sequences it measures on.
 
-    ``multiple`` is how many times the tokens of the others it may read.
+    ``others`` are tables of the same statistics, which cost nothing more, whose plans it may start
+    from, as from those of a run's other tables. ``multiple`` is how many times the tokens of the
+    other searches it may read.
     """
 
     make: Callable[[SearchSetting, int], Search]
     prior: str = ""
+    others: tuple[str, ...] = ()
     feasible: str = "B"
     sequences: int = 4
     multiple: int = 1
@@ -135,7 +139,8 @@ def searches(kind: str, length: int) -> dict[str, Searched]:
     tpe = Searched(lambda setting, batches: TPE(setting), prior="relative_error")
     guided = Searched(
         lambda setting, batches: ModelGuided(setting),
-        prior="correlated_blend",
+        prior=DEFAULT_SCORER,
+        others=tuple(name for name in SearchConfig().scorers if name != DEFAULT_SCORER),
         sequences=ModelGuided.preferred_sequences,
     )
     blind = replace(guided, make=lambda s, batches: ModelGuided(replace(s, slopes=False)))
@@ -150,7 +155,7 @@ def searches(kind: str, length: int) -> dict[str, Searched]:
         "evolution B, truncated": Searched(cut),
         "evolution B, 10 x tokens": Searched(free, multiple=10),
         "model_guided": guided,
-        "model_guided, blend": replace(guided, prior="blend"),
+        "model_guided, blend": replace(guided, prior="blend", others=()),
         "model_guided, no slopes": blind,
     }
 
