@@ -22,6 +22,7 @@ from allocator.reporter import Reporter
 from allocator.run_folder import read_arrays
 from objectives.kv_cache import CacheLosses
 from objectives.sensitivity import SCORERS, LossTable, Scorer, ScoringContext
+from objectives.statistics import text_of
 from search_spaces.space import Assignment, SearchSpace
 from search_spaces.whole_file import replacing
 
@@ -161,8 +162,9 @@ def _observe(
     reporter: Reporter,
 ) -> ScoringContext:
     """Run the statistics pass that the scorers need."""
-    needs = frozenset[str]().union(*(scorer.needs for scorer in scorers))
-    advance = reporter.stage("statistics", bench.task.num_sequences("statistics"))
+    needs = frozenset[str]().union(*(scorer.needs_for(space) for scorer in scorers))
+    read = text_of(bench.task, needs | space.needs)
+    advance = reporter.stage("statistics", sum(map(len, read.values())))
     with spending(bench.meter, records, "scorers"):
         statistics = bench.observe(needs, lambda done, total: advance(done, ""))
     caches = CacheLosses(bench.model, bench.task, space, bank=bench.bank, meter=bench.meter)

@@ -115,7 +115,7 @@ def profile_streamed(
     task, meter = LanguageTask(text), TokenMeter(stream.num_blocks)
     statistics = StreamedStatistics(stream, task, space, meter, hidden_bytes=settings.hidden_bytes)
     filling = StreamedTables(stream, task, space, chosen, meter)
-    needs = space.needs.union(*(scorer.needs for scorer in chosen.values()))
+    needs = space.needs.union(*(scorer.needs_for(space) for scorer in chosen.values()))
     with ExitStack() as stack:
         write: Callable[[Mapping[str, Statistics]], None] | None = None
         if file is not None:

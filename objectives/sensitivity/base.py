@@ -34,7 +34,7 @@ class ScoringContext:
         bank: Dense and compressed parameters of ``model``; swaps them.
         statistics: By member name; holds what the scorer ``needs``.
         model: The live model.
-        task: The data and its loss; scorers look at its ``statistics`` split only.
+        task: The data and its loss; of its splits scorers look at ``statistics`` only.
         meter: Where tokens are counted, by kind; a backward pass counts as two forwards.
         evaluator: Measures assignments, sharing what their forward passes have in common.
         caches: Measures one option of one cache alone; needed where caches are searched.
@@ -108,6 +108,11 @@ class Scorer(Protocol):
     name: ClassVar[str]
     unit: ClassVar[str]
     needs: ClassVar[frozenset[str]]
+
+    def needs_for(self, space: SearchSpace) -> frozenset[str]:
+        """Of ``needs`` what it reads for a space."""
+        del space
+        return self.needs
 
     def losses(self, context: ScoringContext, cells: Sequence[Cell]) -> Iterator[float]:
         """The loss of each cell, in order, as soon as it is known; zero for a lossless one.

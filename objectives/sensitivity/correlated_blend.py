@@ -22,6 +22,7 @@ import torch
 
 from objectives.sensitivity.base import CellScorer, ScoringContext, weighted_square
 from objectives.sensitivity.blend import Blend
+from search_spaces.space import SearchSpace
 
 
 class CorrelatedBlend(CellScorer):
@@ -33,6 +34,10 @@ class CorrelatedBlend(CellScorer):
     name: ClassVar[str] = "correlated_blend"
     unit: ClassVar[str] = "blend"
     needs: ClassVar[frozenset[str]] = Blend.needs | {"weighted_inputs"}
+
+    def needs_for(self, space: SearchSpace) -> frozenset[str]:
+        """No inputs where no operator solves for outputs."""
+        return self.needs if "hessian" in space.needs else Blend.needs
 
     def cell(self, context: ScoringContext, unit: int, option: int) -> float:
         """The blend of one option times what arrives of its error."""

@@ -69,7 +69,7 @@ def charged(
     evaluator = CountingEvaluator(context.evaluator, meter)
     value = read(replace(context, meter=meter, evaluator=evaluator), scorer)
     own = sum(tokens for kind, tokens in meter.counts.items() if kind not in APART)
-    return value, own + collected(SCORERS[scorer].needs, context.task)
+    return value, own + collected(SCORERS[scorer]().needs_for(context.space), context.task)
 
 
 def collected(needs: Collection[str], task: Task) -> int:

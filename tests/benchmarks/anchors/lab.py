@@ -13,6 +13,7 @@ from methods import OneShot, Searched, table
 
 from allocator.bench import Bench
 from allocator.budget import resolve_budget
+from allocator.config import DEFAULT_SCORER
 from allocator.executors import InProcess
 from allocator.loop import Limits, run_search
 from allocator.pipeline import additive_problem
@@ -23,7 +24,7 @@ from objectives.calibration import CalibrationRequest, build_calibration
 from objectives.evaluation import Evaluation, Fidelity
 from objectives.language_task import LanguageTask
 from objectives.loading import load_model
-from objectives.sensitivity import LossTable, ScoringContext
+from objectives.sensitivity import SCORERS, LossTable, ScoringContext
 from search_spaces.build import SpaceRequest, build_space
 from search_spaces.space import Assignment
 
@@ -75,7 +76,8 @@ class Lab:
     def context(self) -> ScoringContext:
         """What scorers look at."""
         if self._statistics is None:
-            self._statistics = self.bench.observe({"fisher", "second_moment", "weighted_inputs"})
+            needs = SCORERS[DEFAULT_SCORER]().needs_for(self.space)
+            self._statistics = self.bench.observe(needs | {"fisher", "second_moment"})
         bench = self.bench
         return ScoringContext(
             space=self.space,

@@ -9,6 +9,7 @@ from language import random_tokens, trained
 from scoring import make_context, table
 
 from objectives import statistics
+from objectives.sensitivity import SCORERS
 from search_spaces.operators import GPTQ, Keep, RoundToNearest, SparseGPT
 from search_spaces.operators.members import logical
 
@@ -51,6 +52,14 @@ def test_is_the_blend_where_no_hook_sees_the_inputs():
     }
     assert table("correlated_blend", replace(context, statistics=blind)) == table("blend", context)
     assert table("correlated_blend", context) != table("blend", context)
+
+
+def test_inputs_are_asked_for_only_where_an_operator_solves_for_outputs():
+    scorer = SCORERS["correlated_blend"]()
+    for menu, inputs in (((RoundToNearest(4, 16), Keep()), False), (MENU, True)):
+        space = make_context(storable_model("llama"), random_tokens(), menu).space
+        assert ("weighted_inputs" in scorer.needs_for(space)) is inputs
+        assert scorer.needs_for(space) >= SCORERS["blend"].needs
 
 
 def test_caches_have_the_blends_loss():
