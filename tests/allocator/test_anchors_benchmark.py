@@ -255,7 +255,7 @@ def test_tables_are_held_against_measured_losses(capsys):
     table_errors.main([*TINY, "--space", "bits-g32", "--seeds", "1"])
     _, _, *lines = capsys.readouterr().out.splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines]
-    assert [row[:2] for row in rows] == [[scorer, "1"] for scorer in table_errors.SCORERS]
+    assert [row[:2] for row in rows] == [[scorer, "1"] for scorer in table_errors.NAMES]
     spreads = {row[0]: [float(word) for word in row[2:]] for row in rows}
     for whole, between, within in spreads.values():
         assert whole**2 == pytest.approx(between**2 + within**2, abs=0.02)

@@ -2,6 +2,7 @@
 
 python tests/benchmarks/anchors/table_errors.py --space joint --model tests/assets/tiny_llama \\
     --text tests/assets/persuasion.txt --length 128
+python tests/benchmarks/anchors/table_errors.py --space joint --cells 100
 """
 
 from __future__ import annotations
@@ -12,20 +13,50 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from lab import SPACES, Lab, lab_parser
-from methods import table
 
-SCORERS = ("relative_error", "fisher", "output_gradient", "blend", "correlated_blend")
-LEAST_NATS = 1e-6  # less is noise
+from objectives.evaluation import Fidelity
+from objectives.sensitivity import SCORERS
+from objectives.sensitivity.base import Cell
+from search_spaces.operators import Keep
+
+LEAST_NATS = 1e-5  # less is noise
+NAMES = ("relative_error", "fisher", "output_gradient", "blend", "correlated_blend")
 
 
-def errors_by_operator(lab: Lab, scorer: str) -> dict[str, list[float]]:
-    """Logarithms of measured over estimated loss of all options, by operator."""
-    measured, estimated = (lab.read(name, table)[0] for name in ("one_at_a_time", scorer))
+def sampled(lab: Lab, count: int) -> list[Cell]:
+    """Cells that lose something, so many at random; 0 for all."""
+    cells = [
+        (unit, place)
+        for unit, menu in enumerate(lab.space.menus)
+        for place, option in enumerate(menu)
+        if not isinstance(option.operator, Keep)
+    ]
+    if not count:
+        return cells
+    chosen = np.random.default_rng(lab.seed).permutation(len(cells))[:count]
+    return [cells[i] for i in sorted(chosen)]
+
+
+def alone(lab: Lab, cells: Sequence[Cell], sequences: int) -> list[float]:
+    """What each cell loses alone on so many search sequences, nats per token."""
+    dense = tuple(len(menu) - 1 for menu in lab.space.menus)
+    fidelity = Fidelity("search", 0, sequences)
+    return [
+        lab.bench.evaluator((*dense[:unit], option, *dense[unit + 1 :]), fidelity).loss_nats
+        for unit, option in cells
+    ]
+
+
+def errors_by_operator(
+    lab: Lab, scorer: str, cells: Sequence[Cell], truths: Sequence[float]
+) -> dict[str, list[float]]:
+    """Logarithms of measured over estimated loss, by operator."""
     found = defaultdict(list)
-    for menu, truths, guesses in zip(lab.space.menus, measured, estimated, strict=True):
-        for option, truth, guess in zip(menu, truths, guesses, strict=True):
-            if truth > LEAST_NATS and guess > 0:
-                found[option.operator.label].append(float(np.log(truth / guess)))
+    guesses = SCORERS[scorer]().losses(lab.context(), cells)
+    for (unit, option), truth, guess in zip(cells, truths, guesses, strict=True):
+        if truth > LEAST_NATS and guess > 0:
+            label = lab.space.menus[unit][option].operator.label
+            found[label].append(float(np.log(truth / guess)))
     return found
 
 
@@ -33,6 +64,8 @@ def main(words: Sequence[str] | None = None) -> None:
     """Print one line for each scorer."""
     parser = lab_parser(__doc__)
     parser.add_argument("--space", default="joint", choices=list(SPACES))
+    parser.add_argument("--cells", type=int, default=0, help="measured, at random; 0: all")
+    parser.add_argument("--sequences", type=int, default=8, help="on which each is measured")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args(words)
     if options.threads:
@@ -41,8 +74,10 @@ def main(words: Sequence[str] | None = None) -> None:
     print("| --- | ---: | ---: | ---: | ---: |")
     for seed in options.seeds:
         lab = Lab(options, options.space, seed)
-        for scorer in SCORERS:
-            found = errors_by_operator(lab, scorer)
+        cells = sampled(lab, options.cells)
+        truths = alone(lab, cells, options.sequences)
+        for scorer in NAMES:
+            found = errors_by_operator(lab, scorer, cells, truths)
             every = np.concatenate(list(found.values()))
             means = np.concatenate([np.full(len(row), np.mean(row)) for row in found.values()])
             parts = (every, means, every - means)
