@@ -59,7 +59,7 @@ def heldout_loss(run, model):
 def test_statistics_are_kept_for_everyone_who_compresses(run):
     assert (run / "cache" / "statistics.safetensors").exists()
     spent = [record["counts"] for record in records(run, "tokens")]
-    assert sum(counts.get("statistics", 0) for counts in spent) == (4 + 1) * 128  # one of other text
+    assert sum(counts.get("statistics", 0) for counts in spent) == (4 + 1) * 128  # 1: other text
 
 
 def test_checkpoint_has_the_measured_loss(run, plan, tmp_path):
