@@ -109,7 +109,7 @@ class SearchConfig(_Strict):
     Attributes:
         name: Of the search, or of several with commas between them.
         scorer: Whose table it starts from.
-        scorers: Whose tables and plans are shown beside it.
+        scorers: Whose tables and plans are shown beside it; a search may begin from theirs too.
         seed: Of the search.
         window: Proposals under way at once.
         batch: Sequences per evaluation; ``None`` for what the search does best with.

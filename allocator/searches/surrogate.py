@@ -27,6 +27,7 @@ from search_spaces.space import Assignment
 
 Vector = NDArray[np.float64]
 _LEAST_NOISE = 1e-3
+_LEAST_VARIANCE = 1e-10  # of the reference's loss, squared
 
 
 @dataclass(frozen=True)
@@ -334,13 +335,17 @@ class Surrogate:
         noise = self._noise_of(self._observations[-1])
         corner = self._kernel[-1, -1] + self._misfit + noise
         solved = self._inverse @ border
-        left = max(float(corner - border @ solved), noise)  # less would be rounding
+        left = float(corner - border @ solved)
+        if left < noise:  # that can only be rounding, which would grow from here on
+            self._invert()
+            return
         grown = self._inverse + np.outer(solved, solved) / left
         self._inverse = _bordered(grown, -solved / left, 1 / left)
 
     def _noise_of(self, observation: Observation) -> float:
-        """Variance of a measurement."""
-        return observation.variance * self._noise_factor
+        """Variance of a measurement; inverses would drown in rounding if it were next to none."""
+        least = _LEAST_VARIANCE * self._reference_loss**2
+        return max(observation.variance * self._noise_factor, least)
 
     def _prior_loss(self, features: Vector) -> Vector:
         """The prior mean: the table's own sum, which is the feature of the overall factor."""

@@ -227,7 +227,8 @@ def test_tables_and_statistics_file_are_those_of_the_loaded_model(menu, tmp_path
         settings=settings,
         progress=lambda done, total: told.append((done, total)),
     )
-    needs = space.needs | {"fisher", "second_moment", "weighted_inputs"}
+    needs = space.needs.union(*(SCORERS[name]().needs_for(space) for name in SCORER_NAMES))
+    assert ("weighted_inputs" in needs) is bool(space.needs)
     context = context_of(model, space, LanguageTask(calibration), needs=needs)
     context.bank.use_statistics(context.statistics)
     assert list(profile.tables) == list(SCORER_NAMES)
