@@ -102,7 +102,4 @@ def loss_conditions(header: Mapping[str, Any], space: SearchSpace) -> dict[str, 
 
 def option_labels(space: SearchSpace) -> dict[str, tuple[str, ...]]:
     """Labels of each unit's menu, by the unit's name."""
-    return {
-        unit.name: tuple(option.operator.label for option in menu)
-        for unit, menu in zip(space.units, space.menus, strict=True)
-    }
+    return {unit.name: names for unit, names in zip(space.units, space.labels, strict=True)}

@@ -226,7 +226,7 @@ def _build(
         batch_sequences=min(stage.batch, stage.num_sequences["search"]),
         seed=stage.search.seed,
         removed=tuple(removed_ratios(stage.space)),
-        labels=tuple(tuple(o.operator.label for o in menu) for menu in stage.space.menus),
+        labels=stage.space.labels,
         tables=tuple(t.losses for name, t in tables.items() if name != stage.search.scorer),
         slopes=stage.has_slopes and stage.search.slopes and not stage.space.has_caches,
     )

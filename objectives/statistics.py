@@ -219,48 +219,15 @@ def differentiable(output: Tensor) -> Tensor:
     return output if output.requires_grad else output.detach().requires_grad_().clone()
 
 
-def _is_visible(model: nn.Module, member: Member) -> bool:
-    """Whether a hook on its module sees what the member is multiplied by.
+def _visible(model: nn.Module, members: Sequence[Member]) -> Iterator[tuple[Member, nn.Module]]:
+    """Members with modules whose hooks see what they are multiplied by.
 
-    It cannot see what an embedding looks up, nor what a router sends to a stack of experts.
+    A hook cannot see what an embedding looks up, nor what a router sends to a stack of experts.
     """
-    module = model.get_submodule(member.module)
-    return len(member.shape) == 2 and not isinstance(module, nn.Embedding)
-
-
-@contextmanager
-def input_hooks(
-    model: nn.Module,
-    members: Sequence[Member],
-    make: Callable[[Member, Tensor], Tensor],
-    consume: Callable[[Member, Tensor, int], None],
-) -> Iterator[None]:
-    """Hand what ``make`` makes of each module's inputs to ``consume``, with how many tokens it saw.
-
-    It is made once of a tensor that several members are handed, as q, k and v are.
-    """
-    latest: tuple[Tensor, Tensor] | None = None
-
-    def handing(member: Member) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hand(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            nonlocal latest
-            del module
-            if latest is None or latest[0] is not inputs[0]:
-                latest = inputs[0], make(member, inputs[0].detach().flatten(0, -2))
-            consume(member, latest[1], inputs[0].shape[:-1].numel())
-
-        return hand
-
-    handles = [
-        model.get_submodule(member.module).register_forward_pre_hook(handing(member))
-        for member in members
-        if _is_visible(model, member)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    for member in members:
+        module = model.get_submodule(member.module)
+        if len(member.shape) == 2 and not isinstance(module, nn.Embedding):
+            yield member, module
 
 
 class _SquaredGradients:
@@ -300,9 +267,16 @@ class _InputMoments:
         self._full = full
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
+        self._latest: tuple[Tensor, Tensor] | None = None
 
-    def listening(self) -> AbstractContextManager[None]:
-        return input_hooks(self._model, self._members, self._moment, self._fold)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.callback(setattr, self, "_latest", None)
+            for member, module in _visible(self._model, self._members):
+                hook = module.register_forward_pre_hook(partial(self._observe, member))
+                stack.callback(hook.remove)
+            yield
 
     def second_moment(self, member: Member) -> Tensor | None:
         """(columns,) or ``None`` where the inputs cannot be seen."""
@@ -319,18 +293,21 @@ class _InputMoments:
             return None
         return self._sums[member.name] / self._tokens[member.name]
 
-    def _moment(self, member: Member, flat: Tensor) -> Tensor:
-        """Summed over tokens."""
-        del member
-        flat = flat.float()
-        return flat.T @ flat if self._full else flat.square().sum(0)
-
-    def _fold(self, member: Member, moment: Tensor, tokens: int) -> None:
+    def _observe(self, member: Member, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        del module
+        moment, tokens = self._moment(inputs[0]), inputs[0].shape[:-1].numel()
         if member.name in self._sums:
             self._sums[member.name] += moment
         else:
             self._sums[member.name] = moment.clone()
         self._tokens[member.name] = self._tokens.get(member.name, 0) + tokens
+
+    def _moment(self, inputs: Tensor) -> Tensor:
+        """Summed over tokens; q, k and v are handed one tensor, whose moment is taken once."""
+        if self._latest is None or self._latest[0] is not inputs:
+            flat = inputs.detach().flatten(0, -2).float()
+            self._latest = inputs, flat.T @ flat if self._full else flat.square().sum(0)
+        return self._latest[1]
 
 
 class _WeightedInputs:
@@ -338,7 +315,7 @@ class _WeightedInputs:
 
     def __init__(self, model: nn.Module, members: Sequence[Member], *, most: int) -> None:
         self._model = model
-        self._modules = {member.name: member for member in members if _is_visible(model, member)}
+        self._members = members
         self._most = most
         self._num_calls: Counter[str] = Counter()
         self._kept: dict[str, list[Tensor]] = {member.name: [] for member in members}
@@ -348,9 +325,9 @@ class _WeightedInputs:
         """Gradients reach outputs, not weights."""
         with ExitStack() as stack:
             stack.enter_context(only_trainable(self._model, ()))
-            for name, member in self._modules.items():
-                module = self._model.get_submodule(member.module)
-                stack.callback(module.register_forward_hook(partial(self._watch, name)).remove)
+            for member, module in _visible(self._model, self._members):
+                hook = module.register_forward_hook(partial(self._watch, member.name))
+                stack.callback(hook.remove)
             yield
 
     def of(self, member: Member) -> Tensor | None:

@@ -209,6 +209,11 @@ class SearchSpace:
         """Whether any unit is a layer's cache."""
         return any(unit.is_cache for unit in self.units)
 
+    @property
+    def labels(self) -> tuple[tuple[str, ...], ...]:
+        """For each unit the names of its options."""
+        return tuple(tuple(option.operator.label for option in menu) for menu in self.menus)
+
     @cached_property
     def needs(self) -> frozenset[str]:
         """Kinds of statistics that some operator of some menu needs."""

@@ -66,7 +66,7 @@ class ModelGuided:
         if opening.winner is None:
             return _some(opening.ask, count)
         if self._sampling is None and self._setting.slopes:
-            descent = self._descent = self._descent or Descent(opening.own(), self._options[1])
+            descent = self._descent = self._descent or Descent(opening.own, self._options[1])
             if not descent.ended:
                 return _some(descent.ask, count)
         sampling = self._sampling = self._sampling or self._begin_sampling(opening)
@@ -110,7 +110,7 @@ class ModelGuided:
 
     def _begin_sampling(self, opening: Opening) -> PosteriorSampling:
         """Around where the descent ended, knowing all that was measured."""
-        setting = opening.own()
+        setting = opening.own
         if self._descent is not None and self._descent.table.centre is not None:
             setting = self._descent.table.around(setting, self._descent.damping)
         sampling = PosteriorSampling(setting, self._options[2])

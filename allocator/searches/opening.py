@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -99,6 +100,7 @@ class Opening:
             self._told = {}
             self._next_rung()
 
+    @cached_property
     def own(self) -> SearchSetting:
         """The setting from the winner on: it is the first start, and its table the problem's.
 

@@ -113,7 +113,7 @@ def test_what_it_did_not_ask_for_is_ignored():
 def test_the_winners_table_goes_on(winner, table):
     opening = Opening(setting(BAD, GOOD, ODD))
     race(opening, {start: always(float(start != winner)) for start in (BAD, GOOD, ODD)})
-    own = opening.own()
+    own = opening.own
     assert own.starts[0] == winner
     assert set(own.starts) == {BAD, GOOD, ODD}
     assert own.problem.losses is table

@@ -116,7 +116,7 @@ class Lab:
         return SearchSetting(
             problem=problem,
             starts=tuple(dict.fromkeys([first, uniform, *plans])),
-            labels=tuple(tuple(o.operator.label for o in menu) for menu in self.space.menus),
+            labels=self.space.labels,
             tables=tables,
             depths=tuple(-1 if unit.depth is None else unit.depth for unit in self.space.units),
             kinds=tuple(unit.kind for unit in self.space.units),
