@@ -2,8 +2,9 @@
 
 The problem this file solves: every allocator that stops at an additive score can return something
 worse than uniform. Here the additive optimum is only where the search starts, and the choice among
-{uniform, DP plan, search result} is made on text that the search never saw. Everything measured
-goes through the journal, so running this again on the same journal continues where it stopped.
+{uniform, every table's DP plan, search result} is made on text that the search never saw.
+Everything measured goes through the journal, so running this again on the same journal continues
+where it stopped.
 """
 
 from __future__ import annotations
@@ -58,10 +59,11 @@ class Outcome:
         solution: Of the additive problem with the run's own table.
         one_shots: The DP plan of every scorer's table.
         history: What the search was told.
-        candidates: ``dp``, ``search`` and, where one fits, ``uniform``.
+        candidates: ``dp``, ``search``, where one fits ``uniform``, and the plans of the other
+            scorers' tables as ``dp:SCORER``.
         returned: Which of them had the least loss on the guard's text.
         evaluations: For ``guard`` and ``heldout``, the full measurement of each candidate; for
-            ``heldout`` also of the one-shot plans, as ``dp:SCORER``.
+            ``heldout`` that of ``dp`` also as ``dp:SCORER``.
         num_search_sequences: Sequences in the search split.
         spent: Tokens and block-tokens by kind.
         found: What the search says besides its best.
@@ -114,6 +116,9 @@ def run_pipeline(stage: Stage) -> Outcome:
         candidates = {"dp": solution.choice, "search": best}
         if uniform is not None:
             candidates["uniform"] = uniform
+        plans = {f"dp:{name}": choice for name, choice in one_shots.items()}
+        own = f"dp:{stage.search.scorer}"
+        candidates |= {name: plan for name, plan in plans.items() if name != own}
         guard = measuring.all(candidates, "guard")
         earlier = _earlier_best(measuring.cache.values(), candidates)
         if earlier is not None and earlier.loss_nats < guard["search"].loss_nats:
@@ -123,8 +128,7 @@ def run_pipeline(stage: Stage) -> Outcome:
             )
             candidates["search"], guard["search"] = earlier.assignment, earlier
         returned = _choose(guard)
-        extra = {f"dp:{name}": choice for name, choice in one_shots.items()}
-        heldout = measuring.all(candidates | extra, "heldout")
+        heldout = measuring.all(candidates | plans, "heldout")
     finally:
         measuring.close()
     inherited = inherited_evaluations(stage.records.records)
@@ -329,8 +333,9 @@ def _earlier_best(
 
 def _choose(guard: Mapping[str, Evaluation]) -> str:
     """The candidate with the least guard loss; the simpler one when equal."""
-    order = [name for name in ("uniform", "dp", "search") if name in guard]
-    measured = [name for name in order if guard[name].ok]
+    others = [name for name in guard if name.startswith("dp:")]
+    order = ["uniform", "dp", *others, "search"]
+    measured = [name for name in order if name in guard and guard[name].ok]
     if not measured:
         raise ValueError(f"no candidate could be measured on the guard text: {guard['dp'].error}")
     return min(measured, key=lambda name: guard[name].loss_nats)

@@ -188,7 +188,7 @@ class Plan(_Strict):
     dense_bytes: int
     units: tuple[PlanUnit, ...]
     fixed: tuple[FixedTensor, ...]
-    returned: Literal["uniform", "dp", "search", "formula"]
+    returned: Annotated[str, Field(pattern=r"^(uniform|dp(:.+)?|search|formula)$")]
     scorer: str
     objective: str = "kl"
     dtype: str = "float32"

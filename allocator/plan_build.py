@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import exp
-from typing import Literal, cast
 
 from allocator.budget import Budget, dense_bytes
 from allocator.config import SearchConfig
@@ -63,7 +62,7 @@ def build_plan(
     measured = _search_measured(outcome)
     return _allocation(space, budget, chosen, facts).model_copy(
         update={
-            "returned": cast(Literal["uniform", "dp", "search"], outcome.returned),
+            "returned": outcome.returned,
             "scorer": search.scorer,
             "predicted_nats": predicted_loss(outcome.tables[search.scorer], chosen),
             "lower_bound_nats": outcome.solution.lower_bound,

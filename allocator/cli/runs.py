@@ -248,9 +248,10 @@ def print_finished(run: Finished) -> None:
             f"[bold]{name}[/bold]" if name == plan.returned else name,
             f"{run.space.weight_bits(assignment):.3f}",
             *(
-                f"{entry.nats:.3f}±{entry.standard_error_nats:.3f}" if entry else "-"
-                for entry in (plan.search_nats.get(name), plan.guard_nats.get(name), heldout)
+                f"{entry.nats:.3f}" if entry else "-"
+                for entry in (plan.search_nats.get(name), plan.guard_nats.get(name))
             ),
+            f"{heldout.nats:.3f}±{heldout.standard_error_nats:.3f}" if heldout else "-",
             _perplexity(perplexity),
             f"{difference.nats:+.3f}±{difference.standard_error_nats:.3f}" if difference else "-",
         )

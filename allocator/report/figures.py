@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from allocator.report.view import Measurement, RunView
-from allocator.report.wording import METHOD_NAMES, Method, with_error
+from allocator.report.wording import METHOD_NAMES, Method, method_name, with_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,7 +77,7 @@ def heldout_figure(compared: Sequence[Method], unit: str) -> str:
         axes = figure.subplots()
         for row, method in enumerate(compared):
             measured = method.measured
-            _point(axes, method.key, (measured.nats, row), x_error=measured.standard_error_nats)
+            _point(axes, method.family, (measured.nats, row), x_error=measured.standard_error_nats)
             axes.annotate(
                 with_error(measured.nats, measured.standard_error_nats),
                 (measured.nats, row),
@@ -132,8 +132,8 @@ def frontier_figure(
         for method in compared:
             at = (method_bytes[method.key] / 1e6, method.measured.nats)
             error = method.measured.standard_error_nats
-            name = METHOD_NAMES[method.key]
-            _point(measured, method.key, at, y_error=error, label=f"{name}, measured")
+            name = method_name(method.key)
+            _point(measured, method.family, at, y_error=error, label=f"{name}, measured")
         for axes in panels:
             axes.axvline(view.plan.searched_budget_bytes / 1e6, color=_MUTED, linestyle=":")
         _scale(predicted, "y", values)

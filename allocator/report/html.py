@@ -31,8 +31,8 @@ from allocator.report.markup import (
 from allocator.report.memory import bytes_section, plan_section
 from allocator.report.view import RunView
 from allocator.report.wording import (
-    METHOD_NAMES,
     Method,
+    method_name,
     methods,
     number,
     size,
@@ -121,9 +121,9 @@ def _heldout_card(method: Method, unit: str) -> Markup:
     remarks = [unit]
     if measured.perplexity is not None:
         remarks.append(f"perplexity {number(measured.perplexity)}")
-    name = METHOD_NAMES[method.key] + (", returned" if method.is_returned else "")
+    name = method_name(method.key) + (", returned" if method.is_returned else "")
     loss = with_error(measured.nats, measured.standard_error_nats)
-    return _card(f"{name}: held-out loss", loss, *remarks, css_class=method.key)
+    return _card(f"{name}: held-out loss", loss, *remarks, css_class=method.family)
 
 
 def _cards(*cards: str) -> Markup:

@@ -14,7 +14,7 @@ from allocator.plan import Measured, Plan
 from allocator.report.view import RunView
 
 METHOD_NAMES = {"uniform": "Uniform", "dp": "DP", "search": "Search"}
-"""What is compared, in display order."""
+"""What is always compared, in display order."""
 
 _CLEAR_ERRORS = 2.0
 """Standard errors that a difference must exceed before it is called better or worse."""
@@ -35,9 +35,14 @@ class Method:
     is_returned: bool
 
     @property
+    def family(self) -> str:
+        """Which of :data:`METHOD_NAMES` it looks like: another table's DP plan is ``dp``."""
+        return self.key.partition(":")[0]
+
+    @property
     def name(self) -> str:
         """For tables and figures."""
-        return METHOD_NAMES[self.key] + (" (returned)" if self.is_returned else "")
+        return method_name(self.key) + (" (returned)" if self.is_returned else "")
 
 
 def method_name(key: str) -> str:
@@ -48,9 +53,9 @@ def method_name(key: str) -> str:
 
 
 def methods(plan: Plan) -> tuple[Method, ...]:
-    """Uniform, DP and search as far as each was measured on held-out text."""
+    """Uniform, DP, search and the returned plan, as far as measured on held-out text."""
     found = []
-    for key in METHOD_NAMES:
+    for key in dict.fromkeys([*METHOD_NAMES, plan.returned]):
         is_returned = plan.returned == key
         measured = plan.heldout_nats.get("returned" if is_returned else key)
         if measured is not None:
@@ -61,7 +66,7 @@ def methods(plan: Plan) -> tuple[Method, ...]:
 def verdict(view: RunView) -> str:
     """One sentence: what was returned, and how it compares with uniform on held-out text."""
     plan = view.plan
-    opening = _RETURNED[plan.returned]
+    opening = _opening(plan.returned)
     returned = plan.heldout_nats.get("returned")
     if returned is None:
         return f"{opening}; nothing was measured on held-out text, so nothing is claimed about it."
@@ -79,9 +84,16 @@ def verdict(view: RunView) -> str:
         else "no uniform assignment fits the budget"
     )
     sentence = f"{opening}; {reason}, and on held-out text it {loses}"
-    if plan.returned == "search" and "dp" in plan.heldout_nats:
+    if plan.returned != "dp" and "dp" in plan.heldout_nats:
         sentence += f", {_comparison(plan, 'dp')}"
     return sentence + "."
+
+
+def _opening(returned: str) -> str:
+    _, _, scorer = returned.partition(":")
+    if scorer:
+        return f"The exact plan of the {scorer} table was returned"
+    return _RETURNED[returned]
 
 
 def _has_uniform(view: RunView) -> bool:

@@ -77,7 +77,8 @@ def make_plan(space, choice, returned="search", **changes):
         for unit, operator in zip(space.units, space.operators(choice), strict=True)
     )
     heldout = {key: measured(nats, 0.021) for key, nats in RETURNED.items()}
-    heldout |= {"dp:reconstruction": measured(1.83, 0.04), "returned": heldout[returned]}
+    heldout["dp:reconstruction"] = measured(1.83, 0.04)
+    heldout["returned"] = heldout[returned]
     facts = {
         "model": ModelIdentity(
             name="HuggingFaceTB/SmolLM2-135M",
@@ -108,7 +109,7 @@ def make_plan(space, choice, returned="search", **changes):
         "heldout_nats": heldout,
         "heldout_differences_nats": {
             f"returned - {key}": Paired(
-                nats=RETURNED[returned] - entry.nats, standard_error_nats=0.011
+                nats=heldout[returned].nats - entry.nats, standard_error_nats=0.011
             )
             for key, entry in heldout.items()
             if key != "returned"

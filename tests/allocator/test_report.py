@@ -212,6 +212,8 @@ def test_the_verdict_claims_what_the_heldout_text_shows(view, difference, claim)
 def test_the_verdict_without_a_comparison(view):
     assert "less than uniform (0.742 of its loss)" in verdict(view)
     assert "nothing else did better" in verdict(make_view(2, returned="uniform"))
+    other = verdict(make_view(2, returned="dp:reconstruction"))
+    assert "exact plan of the reconstruction table was returned" in other
     single = Paired(nats=-0.3, standard_error_nats=0.0)
     unsure = with_plan(view, heldout_differences_nats={"returned - uniform": single})
     assert "cannot be told from uniform" in verdict(unsure)
@@ -282,6 +284,7 @@ TIED = {"qkv_proj": (960, 576), "o_proj": (576, 576), "gate_up_proj": (3072, 576
         )),
         make_view(2, frontier=(FrontierPoint(1000, 0.0),), returned="dp", method_bytes={}),
         make_view(3, TIED, returned="uniform"),
+        make_view(2, returned="dp:reconstruction"),
         make_view(0),
         with_plan(
             make_view(2), heldout_nats={}, heldout_differences_nats={}, guard_nats={},
