@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Annotated
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
@@ -23,6 +23,8 @@ from allocator.cli.terminal import console, errors
 from allocator.cli.transferring import transfer_formula
 
 _INTERRUPTED = 130
+# What typer raises for words it cannot parse: click's own class, or that of the copy it carries.
+_UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
 
 
 def _print_version(wanted: bool) -> None:
@@ -60,25 +62,36 @@ def main() -> None:
     """Run the command line; user errors end with one sentence and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        app()
-    except SystemExit as stop:
-        if stop.code == _INTERRUPTED:  # typer has made it of a KeyboardInterrupt
-            errors.print("interrupted: a run loses nothing, 'allocator resume RUN' continues it")
-        raise
+        code = app(standalone_mode=False, prog_name=app.info.name)
+    except _UsageError as error:
+        _refuse(_usage(error))
     except ValueError as error:
-        errors.print(f"error: {one_sentence(error)}", markup=False, highlight=False)
-        sys.exit(2)
+        _refuse(one_sentence(error))
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        errors.print(
-            f"error: cannot read or write{where}: {error.strerror or error}; "
-            "give another path or make room; a run loses nothing of what it has measured",
-            markup=False,
-            highlight=False,
+        _refuse(
+            f"cannot read or write{where}: {error.strerror or error}; "
+            "give another path or make room; a run loses nothing of what it has measured"
         )
-        sys.exit(2)
+    if code == _INTERRUPTED:  # typer has made it of a KeyboardInterrupt
+        errors.print("interrupted: a run loses nothing, 'allocator resume RUN' continues it")
+    sys.exit(code)
 
 
-def one_sentence(error: Exception) -> str:
+def _refuse(sentence: str) -> NoReturn:
+    errors.print(f"error: {sentence}", markup=False, highlight=False)
+    sys.exit(2)
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with the words of a command, and where to read of it; exits where no words."""
+    message = one_sentence(error.format_message())
+    if not message:  # the help of a command without words has been shown
+        sys.exit(error.exit_code)
+    verb = error.ctx.command_path if error.ctx else app.info.name
+    return f"{message.rstrip('.')}; see '{verb} --help'"
+
+
+def one_sentence(error: Exception | str) -> str:
     """An error's message on one line."""
     return " ".join(str(error).split())

@@ -11,6 +11,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from allocator.cli.options import RUNS, DataSeed, Runs
 from allocator.cli.terminal import console, format_bytes, print_json, reporting
 from allocator.config import SpaceConfig
 from allocator.exporters import EXPORTERS
@@ -21,14 +22,14 @@ from allocator.run_folder import RunFolder, plan_path
 from search_spaces.operators import Statistics
 from search_spaces.yaml_space import space_json_schema
 
-PlanPath = Annotated[Path, typer.Argument(help="plan.json, or the folder of a run.")]
+PlanPlace = Annotated[str, typer.Argument(help="plan.json, or a run's folder or name.")]
 ModelName = Annotated[str, typer.Argument(help="The plan's model: hub id, folder or embedded.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
 def show(
     plan: Annotated[
-        str | None, typer.Argument(help="plan.json or a run's folder; with --space: a model.")
+        str | None, typer.Argument(help="plan.json, a run's folder or name; with --space: a model.")
     ] = None,
     space: Annotated[
         str | None, typer.Option(help="Price this preset or YAML file for a model instead.")
@@ -42,6 +43,7 @@ def show(
     batch: Annotated[int, typer.Option(min=1, help="Sequences of the cache.")] = 1,
     schema: Annotated[bool, typer.Option(help="Print the JSON Schema of plans instead.")] = False,
     space_schema: Annotated[bool, typer.Option(help="Print that of space files.")] = False,
+    runs: Runs = RUNS,
     as_json: Json = False,
 ) -> None:
     """Show what a plan says, or what a space costs for a model, from its configuration alone."""
@@ -68,7 +70,7 @@ def show(
         raise ValueError(
             "--budget, --ties, --open, --context and --batch price a space: give --space too"
         )
-    path = _plan_file(Path(plan))
+    path = _plan_file(plan, runs)
     if not path.exists() and (path.parent / "config.json").is_file():
         raise ValueError(f"{plan} is a model, not a plan: give --space to see what one costs")
     loaded = load_plan(path)
@@ -81,19 +83,21 @@ def show(
 
 def evaluate(
     model: ModelName,
-    plan: PlanPath,
+    plan: PlanPlace,
     text: Annotated[str, typer.Option(help="Text to measure on.")] = "wiki-summaries",
     num_sequences: Annotated[int, typer.Option(min=1, help="Sequences to measure.")] = 32,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
-    seed: Annotated[int, typer.Option(help="Orders the documents.")] = 0,
+    data_seed: DataSeed = 0,
     threads: Annotated[int, typer.Option(min=0, help="Torch threads; 0: all cores.")] = 0,
+    runs: Runs = RUNS,
     as_json: Json = False,
 ) -> None:
     """Measure a plan on a text: KL to the dense model, cross-entropy, perplexity."""
     from allocator.measure_plan import measure_plan
     from objectives.calibration import CalibrationRequest
 
-    loaded = load_plan(_plan_file(plan))
+    path = _plan_file(plan, runs)
+    loaded = load_plan(path)
     request = CalibrationRequest(
         text,
         sequence_length=sequence_length,
@@ -101,7 +105,7 @@ def evaluate(
         num_search=1,
         num_guard=1,
         num_heldout=num_sequences,
-        seed=seed,
+        seed=data_seed,
     )
     with reporting(quiet=as_json) as reporter:
         measured = measure_plan(
@@ -110,7 +114,7 @@ def evaluate(
             request=request,
             threads=threads,
             reporter=reporter,
-            statistics=_statistics(loaded, plan),
+            statistics=_statistics(loaded, path),
         )
     if as_json:
         print_json({name: entry.model_dump(mode="json") for name, entry in measured.items()})
@@ -128,16 +132,18 @@ def evaluate(
 
 
 def export(
-    plan: PlanPath,
+    plan: PlanPlace,
     to: Annotated[str, typer.Option(help="See 'allocator list exporters'.")],
     output: Annotated[Path, typer.Option("-o", help="Folder to write into.")],
     model: Annotated[
         str | None, typer.Option(help="The plan's model, to write compressed weights too.")
     ] = None,
+    runs: Runs = RUNS,
     as_json: Json = False,
 ) -> None:
     """Write a plan in a toolkit's own format, read it back and compare."""
-    loaded = load_plan(_plan_file(plan))
+    path = _plan_file(plan, runs)
+    loaded = load_plan(path)
     exporter = EXPORTERS[to]()
     if model is None:
         receipt = exporter.write(loaded, output)
@@ -145,7 +151,7 @@ def export(
         from objectives.loading import load_model
 
         dense = load_model(model, dtype=loaded.dtype, device="cpu")
-        receipt = exporter.write_model(loaded, dense, output, _statistics(loaded, plan))
+        receipt = exporter.write_model(loaded, dense, output, _statistics(loaded, path))
     else:
         raise ValueError(f"{to} writes no weights: drop --model")
     mismatches = exporter.verify(loaded, receipt.files[0])
@@ -159,11 +165,11 @@ def export(
     if not isinstance(exporter, TransformersCacheExporter):
         notes += _cache_notes(loaded)
     if as_json:
-        files = [str(path) for path in receipt.files]
+        files = [str(written) for written in receipt.files]
         print_json({"files": files, "num_units": receipt.num_units, "notes": notes})
         return
-    for path in receipt.files:
-        console.print(str(path), markup=False, soft_wrap=True)
+    for written in receipt.files:
+        console.print(str(written), markup=False, soft_wrap=True)
     for note in notes:
         console.print(f"note: {note}", markup=False)
     console.print(f"{receipt.num_units} units written, read back and equal to the plan")
@@ -171,18 +177,20 @@ def export(
 
 def apply(
     model: ModelName,
-    plan: PlanPath,
+    plan: PlanPlace,
     output: Annotated[Path, typer.Option("-o", help="New folder for the checkpoint.")],
     packed: Annotated[
         bool, typer.Option(help="One packed file of the plan's exact bytes instead.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="Of the checkpoint; auto: as measured.")] = "auto",
+    runs: Runs = RUNS,
 ) -> None:
     """Write the compressed model: a checkpoint that transformers loads, or one packed file."""
     from allocator.apply import check_loaded, write_checkpoint, write_packed
     from objectives.loading import load_model
 
-    loaded_plan = load_plan(_plan_file(plan))
+    plan_file = _plan_file(plan, runs)
+    loaded_plan = load_plan(plan_file)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
     loaded = load_model(model, dtype=loaded_plan.dtype, device="cpu")
@@ -194,11 +202,11 @@ def apply(
         if path.exists():
             raise ValueError(f"{path} exists already: choose another folder with -o")
         output.mkdir(parents=True, exist_ok=True)
-        write_packed(loaded.model, loaded_plan, path, _statistics(loaded_plan, plan))
+        write_packed(loaded.model, loaded_plan, path, _statistics(loaded_plan, plan_file))
         console.print(f"{path}: {path.stat().st_size:,} bytes", markup=False, soft_wrap=True)
         return
     kept: Any = None if dtype == "auto" else dtype
-    statistics = _statistics(loaded_plan, plan)
+    statistics = _statistics(loaded_plan, plan_file)
     write_checkpoint(loaded, loaded_plan, output, dtype=kept, statistics=statistics)
     console.print(str(output), markup=False, soft_wrap=True)
 
@@ -211,13 +219,13 @@ def _cache_notes(plan: Plan) -> list[str]:
     return [f"The plan's caches are not in it: export them with --to {other}."]
 
 
-def _statistics(loaded: Plan, plan: Path) -> Mapping[str, Statistics]:
+def _statistics(loaded: Plan, plan_file: Path) -> Mapping[str, Statistics]:
     """What the plan's operators need of the calibration text: kept beside the plan by its run."""
     if not any(entry.choice.needs for entry in loaded.units):
         return {}
     from objectives.statistics_file import FILE_NAME, StatisticsFile, statistics_identity
 
-    path = _plan_file(plan).parent / "cache" / FILE_NAME
+    path = plan_file.parent / "cache" / FILE_NAME
     if not path.exists():
         raise ValueError(
             f"the plan's operators need statistics of its calibration text, and {path} is missing: "
@@ -229,12 +237,14 @@ def _statistics(loaded: Plan, plan: Path) -> Mapping[str, Statistics]:
     return StatisticsFile(path, identity).load()[1]
 
 
-def _plan_file(path: Path) -> Path:
-    """A plan by its own path or by its run's folder.
+def _plan_file(text: str, runs: Path) -> Path:
+    """A plan by its own path, by its run's folder or, inside ``runs``, by its run's name.
 
     Raises:
         ValueError: A run without a plan.
     """
+    given, named = Path(text), runs / text
+    path = named if not given.exists() and (named / "config.yaml").is_file() else given
     if (path / "config.yaml").is_file():
         return plan_path(RunFolder(path))
     return path / "plan.json" if path.is_dir() else path

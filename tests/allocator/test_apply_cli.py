@@ -79,7 +79,7 @@ def test_evaluate_agrees_with_the_checkpoint(run, checkpoint):
 def test_evaluate_says_where_the_search_may_have_read_the_text(
     run, num_sequences, length, seed, text, said
 ):
-    words = ["--num-sequences", num_sequences, "--sequence-length", length, "--seed", seed]
+    words = ["--num-sequences", num_sequences, "--sequence-length", length, "--data-seed", seed]
     found = allocator("evaluate", MODEL, run, "--text", text, *words, "--threads", 1)
     assert found.code == 0, found.err
     assert ("may have read some of these sequences" in found.err) is said

@@ -169,11 +169,35 @@ def test_plans_that_are_wrong_are_refused(run, tmp_path):
     refusal("show", tmp_path / "text.json")
 
 
-def test_typer_refuses_unknown_options_and_missing_arguments():
-    for words in (["search"], ["search", MODEL], ["search", MODEL, "--bugdet", "3bpw"], ["serch"]):
-        result = allocator(*words)
-        assert result.code == 2
-        assert "Traceback" not in result.err
+@pytest.mark.parametrize(
+    ("words", "wrong", "help_of"),
+    [
+        (["search"], "Missing argument", "allocator search"),
+        (["search", MODEL], "--budget", "allocator search"),
+        (["search", MODEL, "--bugdet", "3bpw"], "--budget", "allocator search"),
+        (["search", MODEL, "--budget", "3bpw", "--trials", "x"], "--trials", "allocator search"),
+        (["serch"], "serch", "allocator"),
+    ],
+)
+def test_words_that_cannot_be_parsed_take_one_sentence_too(words, wrong, help_of):
+    said = refusal(*words)
+    assert wrong in said
+    assert said.endswith(f"see '{help_of} --help'")
+
+
+def test_a_command_without_words_shows_its_help():
+    result = allocator()
+    assert result.code == 2
+    assert "Usage: " in result.out + result.err
+    assert "error" not in result.err
+
+
+def test_plans_are_found_by_the_names_of_their_runs(run, tmp_path):
+    place = ["--runs", run.parent]
+    assert json.loads(allocator("show", run.name, "--json", *place).out) == load(run / "plan.json")
+    export = allocator("export", run.name, "--to", "evopress", "-o", tmp_path / "x", *place)
+    assert export.code == 0, export.err
+    assert "nothing" in refusal("show", "nothing", *place)
 
 
 # Bad luck
