@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Collection
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from objectives.evaluation import Evaluation, Fidelity
 from objectives.language_task import LanguageTask
 from objectives.loading import load_model
 from objectives.sensitivity import SCORERS, LossTable, ScoringContext
+from objectives.statistics_file import FILE_NAME, StatisticsFile
 from search_spaces.build import SpaceRequest, build_space
 from search_spaces.space import Assignment
 
@@ -65,7 +68,10 @@ class Lab:
         )
         task = LanguageTask(build_calibration(request, loaded.tokenizer))
         self.space = build_space(loaded.model, SpaceRequest(space=preset))
-        self.bench = Bench.build(loaded.model, task, self.space)
+        self._folder = tempfile.TemporaryDirectory(prefix="anchors-")
+        # in a folder the bank keeps in files what is dear to make and beyond its memory
+        kept = StatisticsFile(Path(self._folder.name) / FILE_NAME, identity=f"{space} seed {seed}")
+        self.bench = Bench.build(loaded.model, task, self.space, kept=kept)
         self.bench.observe()
         for split in ("search", "heldout"):
             self.bench.evaluator.prepare(split)
