@@ -123,7 +123,13 @@ class SearchConfig(_Strict):
 
     name: str = "model_guided"
     scorer: str = DEFAULT_SCORER
-    scorers: tuple[str, ...] = (DEFAULT_SCORER, "fisher", "reconstruction", "relative_error")
+    scorers: tuple[str, ...] = (
+        DEFAULT_SCORER,
+        "correlated_fisher",
+        "fisher",
+        "reconstruction",
+        "relative_error",
+    )
     seed: Seed = 0
     window: Positive = 4
     batch: Positive | None = None

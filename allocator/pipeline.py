@@ -59,11 +59,11 @@ class Outcome:
         solution: Of the additive problem with the run's own table.
         one_shots: The DP plan of every scorer's table.
         history: What the search was told.
-        candidates: ``dp``, ``search``, where one fits ``uniform``, and the plans of the other
-            scorers' tables as ``dp:SCORER``.
+        candidates: ``dp``, ``search``, where one fits ``uniform``, and what other scorers' tables
+            have for other plans as ``dp:SCORER``.
         returned: Which of them had the least loss on the guard's text.
         evaluations: For ``guard`` and ``heldout``, the full measurement of each candidate; for
-            ``heldout`` that of ``dp`` also as ``dp:SCORER``.
+            ``heldout`` every table's plan as ``dp:SCORER``.
         num_search_sequences: Sequences in the search split.
         spent: Tokens and block-tokens by kind.
         found: What the search says besides its best.
@@ -113,12 +113,14 @@ def run_pipeline(stage: Stage) -> Outcome:
     try:
         one_shots = {name: found.choice for name, found in solutions.items()}
         history, built, best = _search(stage, tables, one_shots, uniform, measuring)
-        candidates = {"dp": solution.choice, "search": best}
+        candidates = {"dp": solution.choice}
         if uniform is not None:
             candidates["uniform"] = uniform
         plans = {f"dp:{name}": choice for name, choice in one_shots.items()}
-        own = f"dp:{stage.search.scorer}"
-        candidates |= {name: plan for name, plan in plans.items() if name != own}
+        for name, plan in plans.items():
+            if plan not in candidates.values():
+                candidates[name] = plan
+        candidates["search"] = best
         guard = measuring.all(candidates, "guard")
         earlier = _earlier_best(measuring.cache.values(), candidates)
         if earlier is not None and earlier.loss_nats < guard["search"].loss_nats:

@@ -7,7 +7,7 @@ from objectives.sensitivity.base import Cell, CellScorer, Scorer, ScoringContext
 from objectives.sensitivity.blend import Blend
 from objectives.sensitivity.block_influence import BlockInfluence
 from objectives.sensitivity.block_output import BlockOutput
-from objectives.sensitivity.correlated_blend import CorrelatedBlend
+from objectives.sensitivity.correlated import CorrelatedBlend, CorrelatedFisher
 from objectives.sensitivity.erdos_renyi import ErdosRenyi
 from objectives.sensitivity.fisher import Fisher
 from objectives.sensitivity.full_reconstruction import FullReconstruction
@@ -43,6 +43,7 @@ SCORERS: Registry[type[Scorer]] = Registry(
         "block_influence": BlockInfluence,
         "block_output": BlockOutput,
         "correlated_blend": CorrelatedBlend,
+        "correlated_fisher": CorrelatedFisher,
         "erdos_renyi": ErdosRenyi,
         "fisher": Fisher,
         "full_reconstruction": FullReconstruction,

@@ -61,6 +61,7 @@ def test_every_scorers_table_has_the_caches(run):
     tables = load_losses(run / "losses.npz", space)
     assert set(tables) == {
         "correlated_blend",
+        "correlated_fisher",
         "fisher",
         "reconstruction",
         "relative_error",

@@ -193,6 +193,7 @@ SCALES = {
     "relative_error": lambda loss: loss.relative_error,
     "reconstruction": lambda loss: loss.relative_error,
     "blend": lambda loss: loss.nats**FISHER_WEIGHT * loss.relative_error ** (1 - FISHER_WEIGHT),
+    "correlated_fisher": lambda loss: loss.nats,
     "correlated_blend": lambda loss: (
         loss.nats**FISHER_WEIGHT * loss.relative_error ** (1 - FISHER_WEIGHT)
     ),

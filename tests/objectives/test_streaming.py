@@ -43,7 +43,14 @@ NUM_SEQUENCES, LENGTH = 5, 64
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "streaming.py"
 # Threaded, tied, positional, tuples, masks by layer, scaled embeddings, stacked experts.
 FAMILIES = ["qwen3", "mistral", "gpt2", "gemma2", "gemma3_text", "bloom", "opt", "gpt_oss"]
-SCORER_NAMES = ("blend", "correlated_blend", "fisher", "reconstruction", "relative_error")
+SCORER_NAMES = (
+    "blend",
+    "correlated_blend",
+    "correlated_fisher",
+    "fisher",
+    "reconstruction",
+    "relative_error",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
+import weakref
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -68,9 +70,10 @@ class Lab:
         )
         task = LanguageTask(build_calibration(request, loaded.tokenizer))
         self.space = build_space(loaded.model, SpaceRequest(space=preset))
-        self._folder = tempfile.TemporaryDirectory(prefix="anchors-")
         # in a folder the bank keeps in files what is dear to make and beyond its memory
-        kept = StatisticsFile(Path(self._folder.name) / FILE_NAME, identity=f"{space} seed {seed}")
+        folder = Path(tempfile.mkdtemp(prefix="anchors-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        kept = StatisticsFile(folder / FILE_NAME, identity=f"{space} seed {seed}")
         self.bench = Bench.build(loaded.model, task, self.space, kept=kept)
         self.bench.observe()
         for split in ("search", "heldout"):

@@ -167,6 +167,7 @@ def one_shots(kind: str) -> dict[str, OneShot]:
         "fisher + solver": OneShot("fisher"),
         "blend + solver": OneShot("blend"),
         "correlated blend + solver": OneShot("correlated_blend"),
+        "correlated fisher + solver": OneShot("correlated_fisher"),
         "one at a time + solver": OneShot("one_at_a_time"),
         "noise injection (HIGGS) + solver": OneShot("noise_injection"),
         "marginal perplexity cut (ASVD)": OneShot("marginal_perplexity", "cut"),

@@ -20,7 +20,14 @@ from objectives.sensitivity.base import Cell
 from search_spaces.operators import Keep
 
 LEAST_NATS = 1e-5  # less is noise
-NAMES = ("relative_error", "fisher", "output_gradient", "blend", "correlated_blend")
+NAMES = (
+    "relative_error",
+    "fisher",
+    "output_gradient",
+    "blend",
+    "correlated_blend",
+    "correlated_fisher",
+)
 
 
 def sampled(lab: Lab, count: int) -> list[Cell]:

@@ -1,4 +1,4 @@
-"""The blend, times how much of a matrix's error arrives at its outputs."""
+"""Estimates over weights, times how much of a matrix's error arrives at its outputs."""
 
 from dataclasses import replace
 
@@ -23,16 +23,20 @@ def served(model, calibration, menu, **request):
     return context
 
 
+bases = pytest.mark.parametrize("base", ["blend", "fisher"])
+
+
+@bases
 @pytest.mark.parametrize(("family", "ties"), [("llama", "vllm"), ("gpt2", "none")])
-def test_is_the_blend_times_what_arrives_of_the_error(family, ties):
-    """By moments of the weighted inputs, in double precision; rounding has the blend's loss."""
+def test_is_the_base_times_what_arrives_of_the_error(family, ties, base):
+    """By moments of the weighted inputs, in double precision; rounding has the base's loss."""
     context = served(storable_model(family), random_tokens(), MENU, ties=ties)
-    blend = table("blend", context)
-    for unit, row in enumerate(table("correlated_blend", context)):
+    plain = table(base, context)
+    for unit, row in enumerate(table(f"correlated_{base}", context)):
         assert row[3] == 0.0
         for option, found in enumerate(context.space.menus[unit]):
             if not isinstance(found.operator, GPTQ):
-                assert row[option] == blend[unit][option]
+                assert row[option] == plain[unit][option]
                 continue
             errors, arriving, independent = change(context, unit, option), 0.0, 0.0
             for member in context.space.units[unit].members:
@@ -41,33 +45,36 @@ def test_is_the_blend_times_what_arrives_of_the_error(family, ties):
                 moments = inputs.T @ inputs
                 arriving += float((error @ moments @ error.T).trace())
                 independent += float((error.square() * moments.diagonal()).sum())
-            expected = blend[unit][option] * arriving / independent
+            expected = plain[unit][option] * arriving / independent
             assert row[option] == pytest.approx(expected, rel=1e-4)
 
 
-def test_is_the_blend_where_no_hook_sees_the_inputs():
+@bases
+def test_is_the_base_where_no_hook_sees_the_inputs(base):
     context = served(storable_model("llama"), random_tokens(), (GPTQ(2, 16),))
     blind = {
         name: replace(stats, weighted_inputs=None) for name, stats in context.statistics.items()
     }
-    assert table("correlated_blend", replace(context, statistics=blind)) == table("blend", context)
-    assert table("correlated_blend", context) != table("blend", context)
+    assert table(f"correlated_{base}", replace(context, statistics=blind)) == table(base, context)
+    assert table(f"correlated_{base}", context) != table(base, context)
 
 
-def test_inputs_are_asked_for_only_where_an_operator_solves_for_outputs():
-    scorer = SCORERS["correlated_blend"]()
+@bases
+def test_inputs_are_asked_for_only_where_an_operator_solves_for_outputs(base):
+    scorer = SCORERS[f"correlated_{base}"]()
     for menu, inputs in (((RoundToNearest(4, 16), Keep()), False), (MENU, True)):
         space = make_context(storable_model("llama"), random_tokens(), menu).space
         assert ("weighted_inputs" in scorer.needs_for(space)) is inputs
-        assert scorer.needs_for(space) >= SCORERS["blend"].needs
+        assert scorer.needs_for(space) >= SCORERS[base].needs
 
 
-def test_caches_have_the_blends_loss():
+@bases
+def test_caches_have_the_bases_loss(base):
     context = with_caches(storable_model("llama"), random_tokens(), RoundToNearest(2, 16), Keep())
     plain = make_context(context.model, random_tokens(), (Keep(),))
     context = replace(context, statistics=plain.statistics)
     assert any(unit.is_cache for unit in context.space.units)
-    assert table("correlated_blend", context) == table("blend", context)
+    assert table(f"correlated_{base}", context) == table(base, context)
 
 
 def test_a_sample_of_the_tokens_stands_for_all(monkeypatch):
