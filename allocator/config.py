@@ -125,8 +125,8 @@ class SearchConfig(_Strict):
     scorer: str = DEFAULT_SCORER
     scorers: tuple[str, ...] = (
         DEFAULT_SCORER,
-        "correlated_fisher",
         "fisher",
+        "correlated_fisher",
         "reconstruction",
         "relative_error",
     )
