@@ -52,6 +52,11 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def exists(self) -> bool:
+        """Whether a run is there; nothing without a configuration is one."""
+        return self.config.is_file()
+
+    @property
     def journal(self) -> Path:
         """The store of record."""
         return self.path / "journal.jsonl"
@@ -162,8 +167,8 @@ def existing_run(text: str, runs: Path) -> RunFolder:
         ValueError: There is no such run.
     """
     for path in (Path(text), runs / text):
-        if (path / "config.yaml").is_file():
-            return RunFolder(path)
+        if (folder := RunFolder(path)).exists:
+            return folder
     known = sorted(p.parent.name for p in runs.glob("*/config.yaml")) if runs.is_dir() else []
     listing = f"; runs there: {', '.join(known[:8])}" if known else ""
     raise ValueError(f"no run {text!r} here or in {runs}{listing}")

@@ -64,7 +64,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False, prog_name=app.info.name)
     except _UsageError as error:
-        _refuse(_usage(error))
+        _refuse_words(error)
     except ValueError as error:
         _refuse(one_sentence(error))
     except OSError as error:
@@ -83,13 +83,13 @@ def _refuse(sentence: str) -> NoReturn:
     sys.exit(2)
 
 
-def _usage(error: Any) -> str:
-    """What is wrong with the words of a command, and where to read of it; exits where no words."""
+def _refuse_words(error: Any) -> NoReturn:
+    """Say what is wrong with the words of a command, and where to read of it."""
     message = one_sentence(error.format_message())
-    if not message:  # the help of a command without words has been shown
+    if not message:  # a command without words has shown its help
         sys.exit(error.exit_code)
     verb = error.ctx.command_path if error.ctx else app.info.name
-    return f"{message.rstrip('.')}; see '{verb} --help'"
+    _refuse(f"{message.rstrip('.')}; see '{verb} --help'")
 
 
 def one_sentence(error: Exception | str) -> str:

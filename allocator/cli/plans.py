@@ -243,10 +243,10 @@ def _plan_file(text: str, runs: Path) -> Path:
     Raises:
         ValueError: A run without a plan.
     """
-    given, named = Path(text), runs / text
-    path = named if not given.exists() and (named / "config.yaml").is_file() else given
-    if (path / "config.yaml").is_file():
-        return plan_path(RunFolder(path))
+    path, named = Path(text), RunFolder(runs / text)
+    run = named if named.exists and not path.exists() else RunFolder(path)
+    if run.exists:
+        return plan_path(run)
     return path / "plan.json" if path.is_dir() else path
 
 

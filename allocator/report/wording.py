@@ -47,8 +47,8 @@ class Method:
 
 def method_name(key: str) -> str:
     """A measured assignment's name: ``dp:fisher`` is the DP plan of another scorer's table."""
-    if key.startswith("dp:"):
-        return f"DP by {key.removeprefix('dp:')}"
+    if scorer := _scorer_of(key):
+        return f"DP by {scorer}"
     return METHOD_NAMES.get(key, key)
 
 
@@ -90,10 +90,14 @@ def verdict(view: RunView) -> str:
 
 
 def _opening(returned: str) -> str:
-    _, _, scorer = returned.partition(":")
-    if scorer:
+    if scorer := _scorer_of(returned):
         return f"The exact plan of the {scorer} table was returned"
     return _RETURNED[returned]
+
+
+def _scorer_of(key: str) -> str:
+    """Whose table a plan is the optimum of; empty where its key names none."""
+    return key.partition(":")[2]
 
 
 def _has_uniform(view: RunView) -> bool:

@@ -134,11 +134,18 @@ def test_returned_plan_is_the_best_on_the_guard_and_bounds_hold(model):
     plan, outcome = allocation.plan, allocation.outcome
     guard = {name: measured.nats for name, measured in plan.guard_nats.items()}
     assert set(guard) == outcome.candidates.keys() | {"returned"}
+    assert {name for name in guard if ":" not in name} == {"uniform", "dp", "search", "returned"}
     assert guard["returned"] == min(guard.values())
     assert plan.objective == "loss_increase"
     assert plan.search.num_evaluations == TRIALS
     assert plan.lower_bound_nats == pytest.approx(outcome.solution.loss)
-    assert set(outcome.tables) == set(SearchConfig().scorers)
+    assert set(outcome.tables) == {
+        "correlated_blend",
+        "correlated_fisher",
+        "fisher",
+        "reconstruction",
+        "relative_error",
+    }
     assert outcome.spent.tokens["statistics_backward"] == 2 * outcome.spent.tokens["statistics"]
     assert outcome.spent.tokens["search"] == 4 * len({e.key for e in outcome.history.evaluations})
 
