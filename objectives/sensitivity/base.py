@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
@@ -43,6 +43,7 @@ class ScoringContext:
         seed: Of a scorer's random numbers.
         num_sequences: Most sequences of the statistics split that a scorer with passes of its own
             should read; ``None`` for all.
+        arriving: What a correlated scorer found of a cell's outputs, for the next such scorer.
     """
 
     space: SearchSpace
@@ -56,6 +57,7 @@ class ScoringContext:
     incumbent: Assignment | None = None
     seed: int = 0
     num_sequences: int | None = None
+    arriving: dict[Cell, float] = field(init=False, default_factory=dict, repr=False)
 
     @property
     def sequences(self) -> range:

@@ -40,7 +40,10 @@ class _Correlated(CellScorer):
 
     def cell(self, context: ScoringContext, unit: int, option: int) -> float:
         """The estimate of one option times what arrives of its error."""
-        return self.base().cell(context, unit, option) * _arriving(context, unit, option)
+        cell = unit, option
+        if cell not in context.arriving:
+            context.arriving[cell] = _arriving(context, unit, option)
+        return self.base().cell(context, unit, option) * context.arriving[cell]
 
 
 class CorrelatedBlend(_Correlated):

@@ -77,6 +77,19 @@ def test_caches_have_the_bases_loss(base):
     assert table(f"correlated_{base}", context) == table(base, context)
 
 
+def test_the_second_of_two_correlated_tables_reads_no_outputs():
+    context = served(storable_model("llama"), random_tokens(), MENU)
+    table("correlated_blend", context)
+    assert len(context.arriving) == sum(map(len, context.space.menus))
+    alone = table("correlated_fisher", replace(context))
+    blind = {
+        name: replace(stats, weighted_inputs=None) for name, stats in context.statistics.items()
+    }
+    context.statistics.clear()
+    context.statistics.update(blind)
+    assert table("correlated_fisher", context) == alone
+
+
 def test_a_sample_of_the_tokens_stands_for_all(monkeypatch):
     model, calibration = trained()
     sequences, length = calibration.splits["statistics"].shape
