@@ -16,9 +16,10 @@ run: $(STAMP)
 	$(BIN)/allocator search $(RUN_MODEL) --space bits --budget $(RUN_BUDGET) --trials 250 --time 15m \
 	  --name demo-$$(date +%Y%m%d-%H%M%S)
 
-# One thread: the tests' models are tiny, and threads would only wait for each other.
+# One thread in each of two processes: the tests' models are tiny, and threads would only wait for
+# each other. A file's tests stay together, for they share models and runs.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
