@@ -5,7 +5,8 @@ model to model, menu to menu and budget to budget. Their optima cost a few seque
 apart, and a table whose optimum is far from the best misleads every step that is taken by it. So
 all starts race on the same text, twice as much after every rung. Those that are significantly worse
 than the best are dropped, or worse by much on every sequence, which little text shows; where text
-does not tell the least mean wins.
+does not tell the least mean wins. The race is short: between starts that four sequences cannot tell
+apart it hardly matters, and the text is worth more to the steps that follow.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class OpeningOptions:
     """
 
     first_sequences: int = 2
-    most_sequences: int = 16
+    most_sequences: int = 4
     level: float = 0.05
     hopeless: float = 1.1
 

@@ -137,7 +137,7 @@ def test_a_misled_table_is_left_for_a_better_one():
 
 
 def test_options_have_to_make_sense():
-    with pytest.raises(ValueError, match="1 <= first_sequences <= most_sequences, got 0 and 16"):
+    with pytest.raises(ValueError, match="1 <= first_sequences <= most_sequences, got 0 and 4"):
         OpeningOptions(first_sequences=0)
     with pytest.raises(ValueError, match="hopeless must be above 1"):
         OpeningOptions(hopeless=1.0)
