@@ -195,13 +195,27 @@ def refit(
     """The table of a setting corrected by everything that was measured, in nats per token.
 
     It is the posterior mean of :mod:`allocator.searches.surrogate`, for solving other budgets with
-    what this run has learned, around where slopes were measured last. ``None`` unless that
-    assignment (without slopes: the first start) was measured on enough text.
+    what this run has learned, around where slopes were measured last; without slopes, around what
+    was measured on most text. ``None`` unless that was enough.
     """
     local = LocalTable(setting.problem)
     for evaluation in evaluations:
         if evaluation.slopes is not None:
             local.tell(evaluation)
-    table = corrected_table(setting if local.centre is None else local.around(setting))
+    if local.centre is not None:
+        setting = local.around(setting)
+    else:
+        setting = replace(setting, starts=(_most_measured(setting, evaluations),))
+    table = corrected_table(setting)
     table.tell(evaluations)
     return table.losses()
+
+
+def _most_measured(setting: SearchSetting, evaluations: Sequence[Evaluation]) -> Assignment:
+    """What was measured on most of the text: where equal, the earlier start, else the earlier."""
+    known: dict[Assignment, set[int]] = {start: set() for start in setting.starts}
+    for evaluation in evaluations:
+        if evaluation.ok:
+            indices = evaluation.fidelity.indices(setting.num_sequences)
+            known.setdefault(evaluation.assignment, set()).update(indices)
+    return max(known, key=lambda assignment: len(known[assignment]))

@@ -33,7 +33,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     path = folder / "space.yaml"
     path.write_text(SPACE)
-    return search(folder, space=path, budget="35%", context=CONTEXT, trials=16)
+    return search(folder, space=path, budget="35%", context=CONTEXT, trials=8)
 
 
 @pytest.fixture(scope="module")
