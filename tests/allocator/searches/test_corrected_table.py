@@ -89,7 +89,7 @@ def test_refit_is_in_nats_of_the_text_read(setting):
 def test_refit_is_around_what_was_measured_on_most_text(setting):
     """Not the first start, which a race may have dropped after little of it."""
     first, other = setting.starts[:2]
-    told = [evaluation(first, 0, [9.0] * 4), evaluation(other, 0, [2.0] * 8)]
+    told = [evaluation(first, 0, [0.44] * 4), evaluation(other, 0, [2.0] * 8)]
     losses = refit(setting, told)
     at_other = sum(float(row[i]) for row, i in zip(losses, other, strict=True))
     assert at_other == pytest.approx(2.0, rel=0.02)
