@@ -30,6 +30,7 @@ from allocator.searches import (
     refuse_caches,
 )
 from allocator.searches.base import FrontPoint, Noting, Search, SearchSetting
+from allocator.searches.ledger import Ledger
 from allocator.searches.local_table import LocalTable
 from allocator.searches.options import Scalar
 from allocator.searches.posterior_sampling import corrected_table
@@ -213,9 +214,8 @@ def refit(
 
 def _most_measured(setting: SearchSetting, evaluations: Sequence[Evaluation]) -> Assignment:
     """What was measured on most of the text: where equal, the earlier start, else the earlier."""
-    known: dict[Assignment, set[int]] = {start: set() for start in setting.starts}
+    ledger = Ledger(setting.num_sequences)
     for evaluation in evaluations:
-        if evaluation.ok:
-            indices = evaluation.fidelity.indices(setting.num_sequences)
-            known.setdefault(evaluation.assignment, set()).update(indices)
-    return max(known, key=lambda assignment: len(known[assignment]))
+        ledger.add(evaluation)
+    known = [*(start for start in setting.starts if start in ledger), *ledger]
+    return max(known, key=ledger.num_sequences, default=setting.starts[0])
